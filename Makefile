@@ -1,0 +1,62 @@
+# make book | make test | make outputs | make mutate | make owner=NAME | make clean
+PY ?= python3
+V := .venv
+export PATH := $(CURDIR)/$(V)/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)/nbs/_ext
+unexport MPLBACKEND
+
+ifdef owner
+.DEFAULT_GOAL := owner
+else
+.DEFAULT_GOAL := help
+endif
+.PHONY: help book html test outputs mutate lock owner clean
+
+help:
+	@echo "make book        the book, in _build/html"
+	@echo "make test        every check: export in sync, notebooks run, pytest"
+	@echo "make outputs     run the notebooks in place, keep their outputs, clean them (before a commit)"
+	@echo "make mutate      plant generated bugs in the package, count those the tests kill (slow)"
+	@echo "make owner=NAME  set the repository's owner in every file that names it"
+	@echo "make clean       remove what was built (not .venv)"
+
+# One environment for everything. torch goes first, pinned: a bare `torch` must never resolve.
+$(V)/.ready: pyproject.toml constraints.txt
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "attn_nb needs Python >= 3.11; try make PY=python3.12"; exit 1; }
+	@test -x $(V)/bin/pip || { echo "creating $(V)"; $(PY) -m venv $(V); }
+	@echo "installing the pinned packages into $(V) (a few minutes the first time)"
+	$(V)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt "$$(grep ^torch== constraints.txt)"
+	$(V)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+book: $(V)/.ready
+	nbdev_export
+	@$(MAKE) --no-print-directory html
+	@echo; echo "The book is ready. Open: $(CURDIR)/_build/html/index.html"
+
+html: $(V)/.ready
+	python tools/warm_cache.py
+	@rm -rf _build/.doctrees
+	jupyter-book build . -W -n --keep-going --all -q
+
+test: $(V)/.ready
+	python tools/check_export.py
+	nbdev_test --timing
+	@$(MAKE) --no-print-directory html
+	python -m pytest
+
+outputs: $(V)/.ready
+	nbdev_export
+	python tools/run_inplace.py $(NB)
+
+mutate: $(V)/.ready
+	python tools/mutate.py
+
+lock:
+	python3 tools/lock.py
+
+owner:
+	$(PY) tools/set_owner.py $(owner)
+
+clean:
+	rm -rf _build build dist *.egg-info mutants

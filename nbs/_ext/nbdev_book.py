@@ -1,0 +1,146 @@
+"""Let Jupyter Book 1 (myst-nb) read nbdev notebooks.
+
+Plugged in by _config.yml (`nb_custom_formats`, `local_extensions`). The .ipynb on disk is never changed: nbdev, Colab
+and GitHub see plain Markdown and ordinary links; only the copy that Sphinx parses and executes is rewritten.
+
+In code cells, leading `#| key: value` lines become cell tags and figure metadata, and `#@title` the label of a folded
+cell. In Markdown, a link to a paper of references.bib becomes a citation, a link to a glossary term a {term}, and the
+Colab badge (an image on another host) goes: the page has its own launch button.
+"""
+import ast
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import nbformat
+
+PACKAGE, BIBLIOGRAPHY = Path("attn_nb"), Path("nbs/references.bib")
+LINE = re.compile(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
+TITLE = re.compile(r"#\s*@title\s+(.*)\n?")
+BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")
+TERM = re.compile(r"\[([^\]]+)\]\((?:nbs/)?glossary\.md#term-([\w-]+)\)")
+LINK = re.compile(r"\[([^\]]+)\]\((https?://[^)\s]+)\)")
+HIDDEN = {"default_exp", "hide"}  # the cell runs, the page does not show it
+SKIP_FLAGS = set(os.environ.get("BOOK_SKIP_FLAGS", "slow cuda notest").split())  # not run, committed outputs shown
+TAGS = {("fold", ""): "hide-input", ("echo", "false"): "remove-input", ("output", "false"): "remove-output",
+        ("include", "false"): "remove-cell", ("eval", "false"): "skip-execution", ("error", "true"): "raises-exception",
+        ("warning", "false"): "remove-stderr"}
+
+
+def split(source):
+    """The leading `#| key: value` lines of a cell as a dict, and the rest of its source."""
+    lines, directives = source.splitlines(True), {}
+    while lines and (m := LINE.match(lines[0])):
+        directives[m[1]] = m[2].strip("\"'")
+        lines.pop(0)
+    return directives, "".join(lines)
+
+
+@cache
+def papers():
+    """URL of a paper -> its key in references.bib."""
+    found = {}
+    for entry in re.split(r"^@", BIBLIOGRAPHY.read_text(), flags=re.M)[1:]:
+        key = re.match(r"\w+\{([^,]+),", entry)[1]
+        if url := re.search(r"\burl\s*=\s*\{([^}]+)\}", entry):
+            found[url[1]] = key
+    return found
+
+
+def markdown(text):
+    """Ordinary links -> citations and glossary terms; no badge."""
+    text = BADGE.sub("", text)
+    text = re.sub(r"\*\*" + TERM.pattern + r"\*\*", r"**{term}`\1 <\2>`**", text)
+    text = TERM.sub(r"{term}`\1 <\2>`", text)
+    return LINK.sub(lambda m: f"{{cite:t}}`{papers()[m[2]]}`" if m[2] in papers() else m[0], text)
+
+
+def convert(nb, digest=""):
+    """Rewrite the notebook for myst-nb, in place."""
+    kept = hashlib.sha1(digest.encode())
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = markdown(cell.source)
+        if cell.cell_type != "code":
+            continue
+        directives, cell.source = split(cell.source)
+        tags = set(cell.metadata.get("tags", []))
+        tags |= {tag for (key, value), tag in TAGS.items() if directives.get(key, "-").lower() == value}
+        if HIDDEN & directives.keys() or not cell.source.strip():
+            tags.add("remove-cell")
+        if SKIP_FLAGS & directives.keys() or not cell.source.strip():
+            tags.add("skip-execution")
+        if "skip-execution" in tags:
+            kept.update(repr(cell.get("outputs")).encode())
+        mystnb = cell.metadata.setdefault("mystnb", {})
+        if title := TITLE.match(cell.source):
+            cell.source = cell.source[title.end():]
+            mystnb["code_prompt_show"] = mystnb["code_prompt_hide"] = title[1]
+        if "fig-cap" in directives:
+            mystnb["figure"] = {"caption": directives["fig-cap"], "name": directives["label"]}
+        if "fig-alt" in directives:
+            mystnb["image"] = {"alt": directives["fig-alt"], "classes": "dark-light"}
+        if tags:
+            cell.metadata["tags"] = sorted(tags)
+    if kernel := nb.metadata.get("kernelspec"):  # the one metadata key that jupyter-cache hashes
+        kernel["inputs_sha1"] = kept.hexdigest()
+    return nb
+
+
+def imported(source):
+    """Names of the package's modules that this Python source imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level or module.startswith(PACKAGE.name + "."):
+                found.add(module.removeprefix(PACKAGE.name + "."))
+            elif module == PACKAGE.name:
+                found |= {p.stem for p in PACKAGE.glob("*.py")}
+        if isinstance(node, ast.Import) and any(a.name.split(".")[0] == PACKAGE.name for a in node.names):
+            found |= {p.stem for p in PACKAGE.glob("*.py")}
+    return {name for name in found if (PACKAGE / f"{name}.py").exists()}
+
+
+def modules_used(nb):
+    """The package's modules that a notebook needs, directly or through one another."""
+    code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
+    code = re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.M)
+    done, todo = set(), imported(code)
+    while todo:
+        done.add(name := todo.pop())
+        todo |= imported((PACKAGE / f"{name}.py").read_text()) - done
+    return sorted(done)
+
+
+def read(text):
+    """The reader that myst-nb calls: a changed module re-runs the notebooks that use it, and no others."""
+    nb = nbformat.reads(text, as_version=4)
+    return convert(nb, "".join((PACKAGE / f"{name}.py").read_text() for name in modules_used(nb)))
+
+
+def read_page(app, docname, source):
+    """The same links in the Markdown pages; the README's badge becomes a text link."""
+    if app.env.doc2path(docname).endswith(".md"):
+        source[0] = markdown(BADGE.sub(r"[Open in Colab](\1)", source[0]))
+
+
+def copy_mathjax(app, error):
+    """Serve MathJax from the book itself; the files come with the sphinx-mathjax-offline wheel (MathJax 3.2.2)."""
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    if error or app.builder.format != "html":
+        return
+    source, target = Path(spec.origin).parent / "static/mathjax", Path(app.outdir) / "_static/mathjax"
+    for f in [source / "tex-chtml-full.js", *source.glob("output/chtml/fonts/**/*.woff")]:
+        (target / f.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f, target / f.relative_to(source))
+
+
+def setup(app):
+    app.connect("source-read", read_page)
+    app.connect("build-finished", copy_mathjax)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
