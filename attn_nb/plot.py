@@ -111,7 +111,9 @@ def plot_attention(weights: Tensor, *,
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False,
                    labelbottom=False)
     ax.xaxis.set_label_position("top")
-    ax.set(xlabel="key", ylabel="query", title=title)
+    ax.set(title=title)
+    ax.set_xlabel("key", labelpad=8)
+    ax.set_ylabel("query")
     ax.spines[:].set_visible(False)
     return ax
 
@@ -131,7 +133,8 @@ _STYLE = f"""
   text-anchor: middle}}
 .attn-slider .bar {{fill: {COLORS[0]}}}
 .attn-slider .marked {{fill: {COLORS[1]}}}
-.attn-slider input {{width: 45%; vertical-align: middle}}
+.attn-slider line {{stroke: {GREY}}}
+.attn-slider input {{width: 11em; vertical-align: middle}}
 .attn-slider select {{color: inherit; background: transparent;
   border: 1px solid {GREY}; padding: 2px}}
 .attn-slider option {{color: #222; background: #fff}}
@@ -233,6 +236,9 @@ def slider_bars(frames: Tensor, *, steps: Sequence[str], bars: Sequence[str],
     html = f"""<div class="attn-slider" id="{name}">
 <style>{_STYLE}</style>
 <svg viewBox="0 0 400 190" width="100%" role="img" aria-label="{escape(alt)}">
+<line x1="0" x2="400" y1="170" y2="170"/>
+<line x1="0" x2="400" y1="20" y2="20" stroke-dasharray="2 4"/>
+<text x="14" y="14">{data["top"]:.2f}</text>
 {_bar_shapes(rows[0][start], bars, data["top"])}
 </svg>
 <div>{menu} <label>{escape(slider)} <input type="range" min="0"

@@ -23,7 +23,7 @@ def _masked_softmax(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
     empty = blocked.all(-1, keepdim=True)                # no key left
     scores = scores.masked_fill(blocked, -torch.inf)     # (..., Tq, Tk)
     scores = scores.masked_fill(empty, 0.0)              # (..., Tq, Tk)
-    return scores.softmax(-1).masked_fill(empty, 0.0)    # (..., Tq, Tk)
+    return scores.softmax(-1).masked_fill(blocked, 0.0)  # (..., Tq, Tk)
 
 # %% ../nbs/01_single_head.ipynb #check-inputs
 def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor,

@@ -3,8 +3,8 @@
 Plugged in by _config.yml (`nb_custom_formats`, `local_extensions`). The .ipynb on disk is never changed: nbdev, Colab
 and GitHub see plain Markdown and ordinary links; only the copy that Sphinx parses and executes is rewritten.
 
-In code cells, leading `#| key: value` lines become cell tags and figure metadata, and `#@title` the label of a folded
-cell. In Markdown, a link to a paper of references.bib becomes a citation, a link to a glossary term a {term}, and the
+In code cells, leading `#| key: value` lines become cell tags and figure metadata; `#| fold Some label` folds a cell, and
+so does `#@title Some label`, which Colab shows as a form. In Markdown, a link to a paper of references.bib becomes a citation, a link to a glossary term a {term}, and the
 Colab badge (an image on another host) goes: the page has its own launch button.
 """
 import ast
@@ -26,7 +26,7 @@ TERM = re.compile(r"\[([^\]]+)\]\((?:nbs/)?glossary\.md#term-([\w-]+)\)")
 LINK = re.compile(r"\[([^\]]+)\]\((https?://[^)\s]+)\)")
 HIDDEN = {"default_exp", "hide"}  # the cell runs, the page does not show it
 SKIP_FLAGS = set(os.environ.get("BOOK_SKIP_FLAGS", "slow cuda notest").split())  # not run, committed outputs shown
-TAGS = {("fold", ""): "hide-input", ("echo", "false"): "remove-input", ("output", "false"): "remove-output",
+TAGS = {("echo", "false"): "remove-input", ("output", "false"): "remove-output",
         ("include", "false"): "remove-cell", ("eval", "false"): "skip-execution", ("error", "true"): "raises-exception",
         ("warning", "false"): "remove-stderr"}
 
@@ -77,9 +77,12 @@ def convert(nb, digest=""):
         if "skip-execution" in tags:
             kept.update(repr(cell.get("outputs")).encode())
         mystnb = cell.metadata.setdefault("mystnb", {})
+        label = directives.get("fold")
         if title := TITLE.match(cell.source):
-            cell.source = cell.source[title.end():]
-            mystnb["code_prompt_show"] = mystnb["code_prompt_hide"] = title[1]
+            label, cell.source = title[1], cell.source[title.end():]
+        if label is not None:
+            tags.add("hide-input")
+            mystnb["code_prompt_show"] = mystnb["code_prompt_hide"] = label or "Code of the figure"
         if "fig-cap" in directives:
             mystnb["figure"] = {"caption": directives["fig-cap"], "name": directives["label"]}
         if "fig-alt" in directives:

@@ -1,0 +1,75 @@
+"""The suite imports the package with its shape comments turned into checks, and with a bug if one is planted."""
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT / "nbs/_ext")]
+os.chdir(ROOT)
+
+import planted  # noqa: E402
+import shape_comments  # noqa: E402
+
+
+class Loader(importlib.machinery.SourceFileLoader):
+    def get_code(self, fullname):
+        source = self.get_data(self.path).decode()
+        for bug in planted.BUGS:
+            if bug.name == os.environ.get("ATTN_NB_PLANT") and bug.module == fullname.removeprefix("attn_nb."):
+                source = bug.plant(source)
+        return compile(shape_comments.instrument(source, Path(self.path).name), self.path, "exec")
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        file = ROOT / (name.replace(".", "/") + ".py")
+        if name.startswith("attn_nb.") and file.exists():
+            return importlib.util.spec_from_file_location(name, file, loader=Loader(name, str(file)))
+
+
+sys.meta_path.insert(0, Finder())
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not run on planted and generated bugs")
+    config.addinivalue_line("markers", "browser: needs Chromium")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """In CI a skipped test is a failure: nothing may go unchecked in silence."""
+    skipped = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    if os.environ.get("CI") and skipped and exitstatus == 0:
+        print(f"\nCI: {len(skipped)} skipped tests count as failures")
+        session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def html():
+    """The built book."""
+    folder = ROOT / "_build/html"
+    if not (folder / "index.html").exists():
+        pytest.fail("the book is not built: run make book, or make test, which builds it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, driven by Playwright; no browser is downloaded."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
+             "--disable-component-update", "--disable-quic"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=flags)
+        yield chromium
+        chromium.close()

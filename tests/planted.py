@@ -1,0 +1,124 @@
+"""Bugs planted by name. Each must be caught twice: by a cell of its chapter, and by the tests.
+
+    python tests/planted.py           # rewrite the report that the book shows
+
+ATTN_NB_PLANT=<name> makes the test suite import the package with that bug in it (see conftest.py).
+"""
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "nbs/_generated/planted_bugs.md"
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str       # what is wrong, in words
+    module: str
+    old: str        # occurs once in the module
+    new: str
+
+    @property
+    def notebook(self):
+        return next((ROOT / "nbs").glob(f"[0-9][0-9]_{self.module}.ipynb"))
+
+    def plant(self, source):
+        if source.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} occurs {source.count(self.old)} times in {self.module}")
+        return source.replace(self.old, self.new)
+
+
+def one(name, old, new):
+    return Bug(name, "single_head", old, new)
+
+
+MATMUL = "query.to(wide) @ key.to(wide).mT * scale"
+BUGS = [
+    one("scale missing", MATMUL, "query.to(wide) @ key.to(wide).mT"),
+    one("scale multiplied instead of divided", "query.shape[-1] ** -0.5", "query.shape[-1] ** 0.5"),
+    one("scale 1/d instead of 1/sqrt(d)", "query.shape[-1] ** -0.5", "1 / query.shape[-1]"),
+    one("scale by the number of keys", "query.shape[-1] ** -0.5", "key.shape[-2] ** -0.5"),
+    one("scale by the width of the values", "query.shape[-1] ** -0.5", "value.shape[-1] ** -0.5"),
+    one("scale argument ignored", "if scale is None else scale", "if scale is None else query.shape[-1] ** -0.5"),
+    one("weights scaled instead of scores", "weights = _masked_softmax(scores, attn_mask) ",
+        "weights = scale * _masked_softmax(scores / scale, attn_mask) "),
+    one("softmax over the queries", "return scores.softmax(-1)                        # (..., Tq, Tk)",
+        "return scores.softmax(-2)                        # (..., Tq, Tk)"),
+    one("softmax over the queries when masked", "return scores.softmax(-1).masked_fill(blocked, 0.0)",
+        "return scores.softmax(-2).masked_fill(blocked, 0.0)"),
+    one("key.T reverses all axes of a 3-D tensor", MATMUL,
+        "query.to(wide) @ key.to(wide).permute(*range(key.dim()))[..., :].permute("
+        "*reversed(range(key.dim()))) * scale"),
+    one("query and key swapped", MATMUL, "(key.to(wide) @ query.to(wide).mT).mT.flip(-1) * scale"),
+    one("mask polarity inverted", "blocked = ~attn_mask", "blocked = attn_mask"),
+    one("float mask ignored", "scores = scores + attn_mask ", "scores = scores + 0 * attn_mask "),
+    one("mask multiplied instead of filled", "scores = scores.masked_fill(blocked, -torch.inf) ",
+        "scores = scores * ~blocked "),
+    one("-1e9 instead of minus infinity", "scores = scores.masked_fill(empty, 0.0)              # (..., Tq, Tk)\n"
+        "    return scores.softmax(-1).masked_fill(blocked, 0.0)",
+        "scores = scores.clamp(min=-1e9)                      # (..., Tq, Tk)\n    return scores.softmax(-1)"),
+    one("blocked row becomes NaN", "scores = scores.masked_fill(empty, 0.0)              # (..., Tq, Tk)\n"
+        "    return scores.softmax(-1).masked_fill(blocked, 0.0)",
+        "return scores.softmax(-1)"),
+    one("NaN hidden forward, alive in the gradient",
+        "scores = scores.masked_fill(empty, 0.0)              # (..., Tq, Tk)\n"
+        "    return scores.softmax(-1).masked_fill(blocked, 0.0)",
+        "return (scores + scores.detach() * 0).softmax(-1).nan_to_num(0.0)"),
+    one("softmax in half precision", "wide = torch.promote_types(query.dtype, torch.float32)", "wide = query.dtype"),
+    one("result left in float32", "return context.to(query.dtype), weights.to(query.dtype)", "return context, weights"),
+    one("dropout without rescaling", "kept = F.dropout(weights, dropout_p).to(wide)",
+        "kept = ((1 - dropout_p) * F.dropout(weights, dropout_p)).to(wide)"),
+    one("dropout never applied", "kept = F.dropout(weights, dropout_p).to(wide)", "kept = weights.to(wide)"),
+    one("weights returned after dropout", "return context.to(query.dtype), weights.to(query.dtype)",
+        "return context.to(query.dtype), kept.to(query.dtype)"),
+    one("layer: values read through the key matrix", "self.v_proj(x)", "self.k_proj(x)"),
+    one("layer: query and key matrices swapped", "q, k, v = self.q_proj(x), self.k_proj(x)",
+        "k, q, v = self.q_proj(x), self.k_proj(x)"),
+    one("layer: created in another order", "self.q_proj = nn.Linear(d_in, d_out, bias=qkv_bias)\n"
+        "        self.k_proj = nn.Linear(d_in, d_out, bias=qkv_bias)",
+        "self.k_proj = nn.Linear(d_in, d_out, bias=qkv_bias)\n"
+        "        self.q_proj = nn.Linear(d_in, d_out, bias=qkv_bias)"),
+    one("layer: fused road is causal", "F.scaled_dot_product_attention(q, k, v)",
+        "F.scaled_dot_product_attention(q, k, v, is_causal=True)"),
+    one("layer: readable road keeps another scale", "return attention(q, k, v)", "return attention(q, k, v, scale=1.0)"),
+    one("layer: biases always on", "self.v_proj = nn.Linear(d_in, d_out, bias=qkv_bias)",
+        "self.v_proj = nn.Linear(d_in, d_out, bias=True)"),
+]
+
+
+def killed_by_tests(bug):
+    """The first test that fails with the bug planted, or None."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", f"tests/test_{bug.module}.py", "-x", "-q", "-m", "not slow", "-p",
+         "no:cacheprovider", "--no-header", "--tb=no", "-o", "addopts="],
+        cwd=ROOT, env={**os.environ, "ATTN_NB_PLANT": bug.name, "CI": ""}, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^FAILED \S+?::(\w+)", done.stdout, flags=re.M)
+    return found[1] if found else "import"
+
+
+def all_killed_by_tests():
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((b.name for b in BUGS), pool.map(killed_by_tests, BUGS)))
+
+
+def report(chapter, tests):
+    """The table that the book shows."""
+    lines = ["| planted bug | chapter | caught by the cell | caught by the test |", "|---|---|---|---|"]
+    for bug in BUGS:
+        lines.append(f"| {bug.name} | {bug.notebook.stem[:2]} | `{chapter[bug.name]}` | `{tests[bug.name]}` |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    from run_chapter import all_killed_by_cells
+
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(report(all_killed_by_cells(BUGS), all_killed_by_tests()))
+    print(REPORT.read_text())

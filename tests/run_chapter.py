@@ -1,0 +1,62 @@
+"""Run a chapter's cells in plain Python, with a bug planted in the exported ones: which cell notices?"""
+import contextlib
+import io
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import torch
+
+matplotlib.use("Agg")
+ROOT = Path(__file__).parent.parent
+
+
+def code_cells(notebook):
+    """(id, source) of the code cells that plain Python can run."""
+    nb = nbformat.read(notebook, 4)
+    return [(c.id, c.source) for c in nb.cells if c.cell_type == "code" and "%pip" not in c.source]
+
+
+def run(cells, namespace):
+    """Run cells in order; the id of the first that raises, or None."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
+            warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, source in cells:
+            try:
+                exec(compile(source, f"cell {name}", "exec"), namespace)
+            except Exception:
+                return name
+            finally:
+                matplotlib.pyplot.close("all")
+    return None
+
+
+def values_after(notebook, ids):
+    """The namespace after running the named cells, in the notebook's order."""
+    namespace = {"__name__": "__main__"}
+    failed = run([(name, source) for name, source in code_cells(notebook) if name in ids], namespace)
+    assert failed is None, f"cell {failed} of {notebook.name} failed"
+    return namespace
+
+
+def all_killed_by_cells(bugs):
+    """Name of each bug -> id of the cell that fails when it is planted (None: the whole chapter passes)."""
+    killed, by_notebook = {}, defaultdict(list)
+    for bug in bugs:
+        by_notebook[bug.notebook].append(bug)
+    for notebook, planted in by_notebook.items():
+        cells = code_cells(notebook)
+        spots = {bug: next(n for n, (_, source) in enumerate(cells) if bug.old in source) for bug in planted}
+        first = min(spots.values())
+        start = {"__name__": "__main__"}
+        assert run(cells[:first], start) is None
+        rng = torch.get_rng_state()
+        for bug, spot in spots.items():
+            name, source = cells[spot]
+            broken = [*cells[first:spot], (name, bug.plant(source)), *cells[spot + 1:]]
+            torch.set_rng_state(rng)
+            killed[bug.name] = run(broken, dict(start))
+    return killed
