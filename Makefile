@@ -50,6 +50,7 @@ outputs: $(V)/.ready
 	python tools/run_inplace.py $(NB)
 
 mutate: $(V)/.ready
+	@python -c "import cosmic_ray" 2>/dev/null || python -m pip install -q -c constraints.txt -e ".[mutate]"
 	python tools/mutate.py
 
 lock:

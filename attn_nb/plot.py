@@ -95,7 +95,7 @@ def plot_attention(weights: Tensor, *,
     if attn_mask is not None:
         allowed &= attn_mask.cpu()
     top = w[allowed].abs().max().item() if signed else 1.0
-    image = ax.imshow(w.where(allowed, torch.nan),
+    image = ax.imshow(w.where(allowed, torch.nan).numpy(),
                       cmap="RdBu_r" if signed else "viridis",
                       vmin=-top if signed else 0.0, vmax=top)
     for i, j in (~allowed).nonzero().tolist():
@@ -122,7 +122,7 @@ def _print_numbers(ax: "Axes", w: Tensor, allowed: Tensor, image) -> None:
     """Write each allowed number in its cell, black or white to be read."""
     for i, j in allowed.nonzero().tolist():
         r, g, b, _ = image.cmap(image.norm(w[i, j].item()))
-        light = 0.3 * r + 0.59 * g + 0.11 * b > 0.5
+        light = 0.21 * r**2.2 + 0.72 * g**2.2 + 0.07 * b**2.2 > 0.18
         ax.text(j, i, f"{w[i, j].item():.2f}", ha="center", va="center",
                 fontsize=9, color="black" if light else "white")
 

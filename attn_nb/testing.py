@@ -105,7 +105,7 @@ def assert_rows_sum_to_one(weights: Tensor,
     if bad.any():
         i = _first(bad)
         raise AssertionError(
-            f"rows sum to one: row {list(i)} sums to {total[i].item():.4g}, "
+            f"rows sum to one: row {list(i)} sums to {total[i].item():.6g}, "
             f"wanted {want[i].item():.0f}")
 
 # %% ../nbs/91_testing.ipynb #perm
@@ -130,7 +130,10 @@ def assert_permutation_equivariant(fn: Callable[[Tensor], Tensor],
     bound = tolerance(out.dtype) * max(1.0, out.abs().amax().item())
     if not spread > bound:
         raise AssertionError("vacuous: fn gives every token the same output")
-    for perm in (torch.arange(seq_len).roll(1), torch.arange(seq_len).flip(0)):
+    swap = torch.arange(seq_len)
+    swap[:2] = torch.tensor([1, 0])
+    # A swap and a rotation: every permutation is made of these two.
+    for perm in (swap, torch.arange(seq_len).roll(1)):
         gap = (fn(x[..., perm, :]) - out[..., perm, :]).abs()
         bad = ~(gap <= bound)          # a NaN is a failure too
         if bad.any():

@@ -19,10 +19,12 @@ import shape_comments  # noqa: E402
 
 class Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname):
-        source = self.get_data(self.path).decode()
+        source, module = self.get_data(self.path).decode(), fullname.removeprefix("attn_nb.")
         for bug in planted.BUGS:
-            if bug.name == os.environ.get("ATTN_NB_PLANT") and bug.module == fullname.removeprefix("attn_nb."):
+            if bug.name == os.environ.get("ATTN_NB_PLANT") and bug.module == module:
                 source = bug.plant(source)
+        if planted.MUTANT and planted.MUTANT[0] == module:
+            source = planted.MUTANT[1]
         return compile(shape_comments.instrument(source, Path(self.path).name), self.path, "exec")
 
 

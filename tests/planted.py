@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "nbs/_generated/planted_bugs.md"
+MUTANT = None  # (module, source): tools/mutate.py sets it in a forked process
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,8 @@ BUGS = [
     one("softmax over the queries when masked", "return scores.softmax(-1).masked_fill(blocked, 0.0)",
         "return scores.softmax(-2).masked_fill(blocked, 0.0)"),
     one("key.T reverses all axes of a 3-D tensor", MATMUL,
-        "query.to(wide) @ key.to(wide).permute(*range(key.dim()))[..., :].permute("
-        "*reversed(range(key.dim()))) * scale"),
-    one("query and key swapped", MATMUL, "(key.to(wide) @ query.to(wide).mT).mT.flip(-1) * scale"),
+        "query.to(wide) @ key.to(wide).permute(*reversed(range(key.dim()))) * scale"),
+    one("keys in reverse order", MATMUL, "query.to(wide) @ key.to(wide).mT.flip(-1) * scale"),
     one("mask polarity inverted", "blocked = ~attn_mask", "blocked = attn_mask"),
     one("float mask ignored", "scores = scores + attn_mask ", "scores = scores + 0 * attn_mask "),
     one("mask multiplied instead of filled", "scores = scores.masked_fill(blocked, -torch.inf) ",
@@ -66,9 +66,13 @@ BUGS = [
         "    return scores.softmax(-1).masked_fill(blocked, 0.0)",
         "return scores.softmax(-1)"),
     one("NaN hidden forward, alive in the gradient",
-        "scores = scores.masked_fill(empty, 0.0)              # (..., Tq, Tk)\n"
+        "scores = scores.masked_fill(blocked, -torch.inf)     # (..., Tq, Tk)\n"
+        "    scores = scores.masked_fill(empty, 0.0)              # (..., Tq, Tk)\n"
         "    return scores.softmax(-1).masked_fill(blocked, 0.0)",
-        "return (scores + scores.detach() * 0).softmax(-1).nan_to_num(0.0)"),
+        "bias = torch.zeros_like(scores).masked_fill(blocked, -torch.inf)\n"
+        "    return (scores + bias).softmax(-1).nan_to_num(0.0)"),
+    one("large number behind the mask, alive in the gradient", "return scores.softmax(-1).masked_fill(blocked, 0.0)",
+        "return scores.softmax(-1).masked_fill(empty, 0.0)"),
     one("softmax in half precision", "wide = torch.promote_types(query.dtype, torch.float32)", "wide = query.dtype"),
     one("result left in float32", "return context.to(query.dtype), weights.to(query.dtype)", "return context, weights"),
     one("dropout without rescaling", "kept = F.dropout(weights, dropout_p).to(wide)",

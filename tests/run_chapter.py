@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
 import torch
 
@@ -27,10 +28,11 @@ def run(cells, namespace):
         for name, source in cells:
             try:
                 exec(compile(source, f"cell {name}", "exec"), namespace)
-            except Exception:
+            except Exception as e:
+                namespace["_error"] = e
                 return name
             finally:
-                matplotlib.pyplot.close("all")
+                plt.close("all")
     return None
 
 

@@ -239,6 +239,8 @@ def broken(**changes):
 
 @pytest.mark.parametrize("changes, error, words", [
     ({"key": lambda x: x["key"][..., :7]}, ValueError, "query and key must have the same last size"),
+    ({"query": lambda x: x["query"][..., :7]}, ValueError, "query and key must have the same last size"),
+    ({"key": lambda x: x["key"][:, :5]}, ValueError, "value must have one row per key"),
     ({"query": torch.zeros(2, 4, 0).double(), "key": torch.zeros(2, 6, 0).double()}, ValueError, "at least 1"),
     ({"value": lambda x: x["value"][:, :5]}, ValueError, "value must have one row per key"),
     ({"query": torch.zeros(3, 4, 8).double()}, ValueError, "leading sizes"),
@@ -321,6 +323,17 @@ def test_layer_refuses_empty_sizes(sizes):
 def test_layer_refuses_wrong_input(shape):
     with pytest.raises(ValueError, match=r"x must be \(..., T, d_in=6\), got shape"):
         SelfAttention(6, 4)(torch.randn(shape))
+
+
+def test_large_sizes_are_compared_by_value():
+    query, key, value = qkv(q_len=2, kv_len=300, width=300)
+    assert_close(context(query, key, value), SDPA(query, key, value))
+    assert SelfAttention(300, 2)(torch.randn(3, 300)).shape == (3, 2)
+
+
+def test_return_weights_is_keyword_only():
+    with pytest.raises(TypeError):
+        SelfAttention(6, 4)(torch.randn(5, 6), True)
 
 
 def test_layer_round_trips():

@@ -1,0 +1,168 @@
+"""Figures: what is drawn is the tensor, and the drawing is the committed one to the letter.
+
+    python tests/test_plot.py        # rewrite the golden figures in tests/golden
+"""
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+if __name__ == "__main__":
+    sys.path[:0] = ["tests"]
+    import conftest  # noqa: F401
+from attn_nb.plot import COLORS, GREY, plot_attention, slider_bars, use_book_style  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+MASK = torch.ones(3, 4).tril(1).bool()
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    with plt.rc_context():
+        yield
+    plt.close("all")
+
+
+def svg(ax):
+    """The figure as the notebooks store it."""
+    out = io.StringIO()
+    ax.figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    return out.getvalue()
+
+
+def drawings():
+    """One figure for each way to call the two functions."""
+    use_book_style()
+    torch.manual_seed(0)
+    scores = torch.randn(3, 4)
+    big = torch.randn(9, 12).softmax(-1)
+    yield "weights.svg", svg(plot_attention(scores.softmax(-1)))
+    yield "masked.svg", svg(plot_attention(scores.softmax(-1), attn_mask=MASK, query_tokens="xyz", key_tokens="abcd",
+                                           title="title"))
+    yield "signed.svg", svg(plot_attention(scores, signed=True, attn_mask=MASK))
+    yield "square.svg", svg(plot_attention(torch.eye(4), query_tokens="abcd"))
+    yield "large.svg", svg(plot_attention(big))
+    yield "large_signed.svg", svg(plot_attention(torch.randn(20, 9), signed=True))
+    yield "edge.svg", svg(plot_attention(torch.randn(8, 8).softmax(-1)))
+    yield "slider.html", slider_bars(big[:3, :5], steps=["one", "two", "<3>"], bars="abcde", alt="some <bars>",
+                                     marks=[0, 4, 2], start=1)._repr_html_()
+    yield "variants.html", slider_bars(torch.stack([big[:2, :3], 2 * big[:2, :3]]), steps="pq", bars="abc",
+                                       variants=["x", "y&z"], slider="width", alt="bars")._repr_html_()
+
+
+def test_figures_are_the_committed_ones():
+    new = dict(drawings())
+    assert sorted(new) == sorted(p.name for p in GOLDEN.iterdir())
+    for name, text in new.items():
+        assert text == (GOLDEN / name).read_text(), f"{name} changed: look at it, then run python tests/test_plot.py"
+
+
+def test_map_draws_the_tensor():
+    weights = torch.rand(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    ax = plot_attention(weights, attn_mask=MASK)
+    drawn = ax.images[0].get_array()
+    assert np.array_equal(drawn.mask, ~MASK.numpy())
+    assert np.array_equal(drawn.data[MASK], weights.detach().float()[MASK].numpy())
+    assert ax.images[0].get_clim() == (0, 1)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
+    assert ax.yaxis_inverted()                                    # origin at the top left
+    hatched = {(round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in ax.patches}
+    assert hatched == set(map(tuple, (~MASK).nonzero().tolist()))
+    printed = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in ax.texts}
+    assert printed == {(i, j): f"{weights[i, j].item():.2f}" for i, j in MASK.nonzero().tolist()}
+
+
+def test_signed_map_is_symmetric_about_zero():
+    scores = torch.tensor([[-4.0, 1.0], [2.0, 100.0]])
+    low, high = plot_attention(scores, signed=True, attn_mask=torch.tensor([[1, 1], [1, 0]]).bool()).images[0].get_clim()
+    assert (low, high) == (-4, 4)
+
+
+def test_map_draws_into_the_axes_it_is_given():
+    _, (left, right) = plt.subplots(1, 2)
+    assert plot_attention(torch.eye(2), ax=right) is right and not left.images
+
+
+def test_numbers_are_printed_up_to_eight():
+    assert len(plot_attention(torch.rand(8, 8)).texts) == 64
+    assert not plot_attention(torch.rand(9, 8)).texts and not plot_attention(torch.rand(8, 9)).texts
+
+
+def contrast(a, b):
+    """WCAG 2 contrast ratio of two RGB colours."""
+    def luminance(rgb):
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb[:3]]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_everything_is_legible():
+    rgb = matplotlib.colors.to_rgb
+    for background in ("#ffffff", "#121212"):
+        assert contrast(rgb(GREY), rgb(background)) > 4
+        assert all(contrast(rgb(c), rgb(background)) > 3 for c in COLORS)
+    ax = plot_attention(torch.linspace(0, 1, 64).view(8, 8))
+    for text in ax.texts:
+        j, i = text.get_position()
+        cell = ax.images[0].cmap(ax.images[0].norm(ax.images[0].get_array()[i, j]))
+        assert contrast(rgb(text.get_color()), cell) > 4
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    ({"weights": torch.rand(1, 3, 4)}, r"weights must be \(Tq, Tk\).* got shape \(1, 3, 4\)"),
+    ({"weights": torch.rand(3, 4), "query_tokens": "abcd"}, "query_tokens must have 3 labels, got 4"),
+    ({"weights": torch.rand(3, 4), "key_tokens": "abc"}, "key_tokens must have 4 labels, got 3"),
+])
+def test_map_refuses_wrong_input(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        plot_attention(**kwargs)
+
+
+@pytest.mark.parametrize("frames, variants", [(torch.rand(3, 5), None), (torch.rand(2, 3, 5), ["a", "b"])])
+def test_slider_carries_the_tensor(frames, variants):
+    figure = slider_bars(frames, steps="pqr", bars="abcde", variants=variants, alt="five bars")
+    html = figure._repr_html_()
+    data = json.loads(re.search(r'application/json">(.*?)</script>', html)[1])
+    assert torch.allclose(torch.tensor(data["frames"]).view(frames.shape), frames, rtol=0, atol=5.1e-5)
+    assert data["top"] == pytest.approx(frames.max().item()) and data["bars"] == list("abcde")
+    assert "http" not in html and len(html.encode()) < 10_000
+    assert repr(figure) == "[interactive figure] five bars"
+
+
+def test_slider_shows_its_first_step_without_scripts():
+    frames = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    html = slider_bars(frames, steps=["first", "second"], bars="ab", alt="two bars", start=1)._repr_html_()
+    picture = re.sub(r"<script.*?</script>", "", html, flags=re.S)
+    assert re.findall(r'class="value"[^>]*>([\d.]+)<', picture) == ["0.50", "0.50"]
+    assert ">second</output>" in picture and 'value="1"' in picture
+    heights = [float(h) for h in re.findall(r'class="bar".*?height="([\d.]+)"', picture)]
+    assert heights == [100.0, 100.0]
+
+
+def test_slider_cannot_be_broken_by_names():
+    html = slider_bars(torch.rand(1, 1), steps=["</script><b>"], bars=['"><i>'], alt='" onload="x')._repr_html_()
+    assert "</script><b>" not in html and "<i>" not in html and 'onload="x' not in html
+
+
+def test_slider_refuses_wrong_shapes():
+    with pytest.raises(ValueError, match=r"frames must be \(variants, steps, bars\) = \(1, 2, 3\), got \(1, 3, 2\)"):
+        slider_bars(torch.rand(3, 2), steps="ab", bars="abc", alt="x")
+    with pytest.raises(ValueError, match=r"= \(2, 2, 3\), got \(1, 2, 3\)"):
+        slider_bars(torch.rand(2, 3), steps="ab", bars="abc", variants="xy", alt="x")
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name, text in drawings():
+        (GOLDEN / name).write_text(text)
+        print(GOLDEN / name)

@@ -1,0 +1,71 @@
+"""Shape comments of exported code are checked while the suite runs (conftest.py); here: that this works."""
+from pathlib import Path
+
+import pytest
+import torch
+
+import shape_comments
+from attn_nb.plot import plot_attention, slider_bars
+from attn_nb.single_head import SelfAttention, attention
+
+MODULES = sorted(p for p in Path("attn_nb").glob("*.py") if not p.stem.startswith("_"))
+GOOD = '''
+def f(q, k, v):
+    """Doc."""
+    scores = q @ k.mT                # (..., Tq, Tk)
+    a, b = scores, scores.sum(-1)    # (B, Tq, Tk), (B, Tq)
+    return scores @ v                # (B, Tq, Dv)
+'''
+
+
+def run(source):
+    namespace = {}
+    exec(compile(shape_comments.instrument(source, "made_up.py"), "made_up.py", "exec"), namespace)
+    return namespace["f"](torch.zeros(2, 4, 8), torch.zeros(2, 5, 8), torch.zeros(2, 5, 3))
+
+
+def test_true_comments_pass():
+    assert run(GOOD).shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("old, new", [("(B, Tq, Dv)", "(B, Tk, Dv)"), ("(..., Tq, Tk)", "(..., Tk, Tq)"),
+                                      ("(B, Tq, Dv)", "(B, Tq, 2*Dv)"), ("(B, Tq, Dv)", "(B, H, Tq, Dv)"),
+                                      (", (B, Tq)", ", (B, Tk)"), ("(B, Tq, Dv)", "(B, Tq, 4)")])
+def test_wrong_comments_fail(old, new):
+    with pytest.raises(AssertionError, match="made_up.py:"):
+        run(GOOD.replace(old, new))
+
+
+@pytest.mark.parametrize("new", ["(B, Tq, Dv) or so", "(b, tq, dv)", "(B Tq Dv)", "(B, ..., Dv)"])
+def test_unreadable_comments_fail(new):
+    with pytest.raises(shape_comments.UnreadableComment):
+        run(GOOD.replace("(B, Tq, Dv)", new))
+    with pytest.raises(shape_comments.UnreadableComment, match="belongs on an assignment"):
+        run(GOOD.replace('"""Doc."""', "print()  # (B, T)"))
+
+
+def test_every_shape_comment_of_the_package_has_run():
+    query, key, value = torch.randn(2, 4, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 3)
+    attention(query, key, value)
+    attention(query, key, value, torch.ones(4, 6).bool())
+    attention(query, key, value, torch.ones(4, 6))
+    SelfAttention(8, 3)(query)
+    plot_attention(torch.eye(3), attn_mask=torch.eye(3).bool())
+    slider_bars(torch.eye(3), steps="abc", bars="abc", alt="three bars")
+    for path in MODULES:
+        wanted = {(path.name, line) for line in shape_comments.comments(path.read_text(), path.name)}
+        assert wanted <= shape_comments.SEEN, f"never executed: {sorted(wanted - shape_comments.SEEN)}"
+
+
+def test_lines_that_change_a_shape_say_so():
+    """A heuristic: products, transposes and reshapes in exported code carry a shape comment."""
+    words = (" @ ", ".mT", ".view(", ".reshape(", ".transpose(", ".softmax(", "scaled_dot_product_attention(")
+    for path in MODULES:
+        source = path.read_text()
+        commented = shape_comments.comments(source, path.name)
+        inside = False
+        for number, line in enumerate(source.splitlines(), 1):
+            inside ^= line.count('"""') % 2
+            code = line.split("#")[0]
+            if not inside and '"""' not in line and any(w in code for w in words):
+                assert number in commented, f"{path.name}:{number}: no shape comment: {line.strip()}"

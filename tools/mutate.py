@@ -1,0 +1,122 @@
+"""Plant generated bugs in the package and count those that the fast tests kill. Writes the score that the book shows.
+
+    python tools/mutate.py [module ...]        (or: make mutate; about a quarter of an hour on 2 cores)
+
+The bugs are cosmic-ray's: every operator, comparison, constant, condition and loop, one change at a time. Changes that
+only touch annotations are left out. Each runs the module's own test file in a forked process, slow tests left out.
+A survivor needs a reason in tests/mutation_survivors.toml: without one, or below 90 %, the exit code is 1.
+"""
+import ast
+import contextlib
+import os
+import signal
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+REPORT, REASONS = Path("nbs/_generated/mutation.md"), Path("tests/mutation_survivors.toml")
+GOAL, TIMEOUT = 0.90, 60  # share of mutants killed; seconds per mutant
+
+
+class WithoutAnnotations(ast.NodeTransformer):
+    def visit_FunctionDef(self, node):
+        self.generic_visit(node)
+        node.returns = None
+        return node
+
+    def visit_arg(self, node):
+        node.annotation = None
+        return node
+
+
+def meaning(source):
+    """What a module does, as text: equal for sources that differ in annotations or layout only."""
+    return ast.dump(WithoutAnnotations().visit(ast.parse(source)))
+
+
+def mutants(source):
+    """(line number, line before, line after, new source), one for each change that means something."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    seen = {meaning(source)}
+    for name in sorted(operator_names()):
+        if "Variable" in name:  # needs settings; replaces variables at random
+            continue
+        occurrence = 0
+        while new := mutate_code(source, get_operator(name)(), occurrence):
+            occurrence += 1
+            try:
+                what = meaning(new)
+            except SyntaxError:  # a bare * in a signature is no operator
+                continue
+            if what not in seen:
+                seen.add(what)
+                pairs = enumerate(zip(source.splitlines(), new.splitlines()), 1)
+                number, (old_line, new_line) = next((n, p) for n, p in pairs if p[0] != p[1])
+                yield number, old_line.strip(), new_line.strip(), new
+
+
+def killed(module, source):
+    """Run the module's fast tests on this source in a forked child; True if they fail, crash or hang."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(TIMEOUT)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        os.environ["CI"] = ""
+        import pytest
+
+        import planted
+
+        planted.MUTANT = (module, source)
+        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no", "-o", "addopts="]
+        with contextlib.suppress(BaseException):
+            os._exit(int(pytest.main([f"tests/test_{module}.py", *options])))
+        os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+def main(modules):
+    sys.path[:0] = ["tests"]
+    # what the children need, loaded once; single threads survive a fork
+    import hypothesis  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    reasons = tomllib.loads(REASONS.read_text()) if REASONS.exists() else {}
+    rows, notes, bad = [], [], False
+    for module in modules:
+        source = Path(f"attn_nb/{module}.py").read_text()
+        if killed(module, source):
+            sys.exit(f"{module}: its tests fail without any change")
+        work, dead, alive = list(mutants(source)), 0, []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for n, (mutant, gone) in enumerate(zip(work, pool.map(lambda m: killed(module, m[3]), work)), 1):
+                dead += gone
+                if not gone:
+                    alive.append(mutant)
+                print(f"\r{module}: {n}/{len(work)} tried, {n - dead} alive", end="", flush=True)
+        print()
+        rows.append(f"| {module} | {len(work)} | {dead} | {dead / len(work):.1%} |")
+        bad |= dead / len(work) < GOAL
+        for number, old, new, _ in alive:
+            reason = next((r["why"] for r in reasons.get(module, []) if r["line"] == old
+                           and new in ([r["becomes"]] if isinstance(r["becomes"], str) else r["becomes"])), None)
+            bad |= reason is None
+            print(f"  {module}.py:{number}  {old}  ->  {new}   {reason or 'NO REASON GIVEN'}")
+            notes.append(f"* `{module}`: `{old}` became `{new}`. {reason or 'Not explained.'}")
+    table = ["| module | generated bugs | killed | share |", "|---|---|---|---|", *rows]
+    text = "\n".join(table) + "\n\nThe survivors, each with the reason why no test can or need see it:\n\n" + "\n".join(notes)
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(text + "\n")
+    print("\n".join(table))
+    return bad
+
+
+if __name__ == "__main__":
+    everything = sorted(p.stem for p in Path("attn_nb").glob("*.py") if not p.stem.startswith("_"))
+    sys.exit(main(sys.argv[1:] or everything))
