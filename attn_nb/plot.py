@@ -80,14 +80,10 @@ def plot_attention(weights: Tensor, *,
                          f"batch row; got shape {tuple(weights.shape)}")
     w = weights.detach().float().cpu()                      # (Tq, Tk)
     q_len, kv_len = w.shape
-    query_tokens = query_tokens or range(q_len)
-    key_tokens = key_tokens or (query_tokens if q_len == kv_len
-                                else range(kv_len))
-    for name, labels, size in (("query_tokens", query_tokens, q_len),
-                               ("key_tokens", key_tokens, kv_len)):
-        if len(labels) != size:
-            raise ValueError(f"{name} must have {size} labels, "
-                             f"got {len(labels)}")
+    query_tokens = _labels("query_tokens", query_tokens, q_len)
+    if key_tokens is None and q_len == kv_len:
+        key_tokens = query_tokens
+    key_tokens = _labels("key_tokens", key_tokens, kv_len)
     if ax is None:
         size = (min(6.2, 1.6 + 0.42 * kv_len), min(6.2, 1.1 + 0.42 * q_len))
         ax = plt.figure(figsize=size).gca()
@@ -106,16 +102,31 @@ def plot_attention(weights: Tensor, *,
     else:
         ax.figure.colorbar(image, ax=ax, shrink=0.8,
                            label="score" if signed else "weight")
-    ax.set_xticks(range(kv_len), key_tokens)
-    ax.set_yticks(range(q_len), query_tokens)
+    _label_axes(ax, query_tokens, key_tokens, title)
+    return ax
+
+# %% ../nbs/90_plot.ipynb #labels
+def _labels(name: str, labels: Sequence[str] | None, size: int
+            ) -> Sequence[str]:
+    """Positions by default; else exactly one label for each."""
+    labels = range(size) if labels is None else labels
+    if len(labels) != size:
+        raise ValueError(f"{name} must have {size} labels, got {len(labels)}")
+    return labels
+
+# %% ../nbs/90_plot.ipynb #label-axes
+def _label_axes(ax: "Axes", query_tokens: Sequence[str],
+                key_tokens: Sequence[str], title: str) -> None:
+    """Keys along the top, queries down the side, no frame."""
+    ax.set_xticks(range(len(key_tokens)), key_tokens)
+    ax.set_yticks(range(len(query_tokens)), query_tokens)
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False,
                    labelbottom=False)
     ax.xaxis.set_label_position("top")
-    ax.set(title=title)
     ax.set_xlabel("key", labelpad=8)
     ax.set_ylabel("query")
+    ax.set_title(title)
     ax.spines[:].set_visible(False)
-    return ax
 
 # %% ../nbs/90_plot.ipynb #print-numbers
 def _print_numbers(ax: "Axes", w: Tensor, allowed: Tensor, image) -> None:

@@ -147,7 +147,8 @@ def _rewrite_future(x: Tensor, cut: int) -> Tensor:
     """Copy of ``x`` whose tokens from ``cut`` on are all different."""
     x = x.clone()
     if x.is_floating_point():
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(cut))
+        generator = torch.Generator().manual_seed(cut)
+        noise = torch.randn(x.shape, generator=generator)
         x[..., cut:, :] += 3 * noise.to(x)[..., cut:, :]
     else:
         x[..., cut:] = (x[..., cut:] + 1) % (x.max() + 1)
