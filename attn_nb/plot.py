@@ -219,7 +219,7 @@ def slider_bars(frames: Tensor, *, steps: Sequence[str], bars: Sequence[str],
         bars: N names of the bars.
         alt: one sentence for readers who do not see the figure.
         slider: what the slider moves.
-        variants: V names for a menu; needed when frames is 3-D.
+        variants: V names for a menu; then frames is 3-D.
         marks: for each step the bar to paint in the second colour.
         start: the step shown first.
     Returns:
@@ -229,7 +229,7 @@ def slider_bars(frames: Tensor, *, steps: Sequence[str], bars: Sequence[str],
         ValueError: names do not fit the shape of frames.
     Source: appendix. See: chapter 01.
     """
-    frames = frames[None] if frames.dim() == 2 else frames   # (V, S, N)
+    frames = frames if variants else frames[None]
     want = (len(variants or [""]), len(steps), len(bars))
     if tuple(frames.shape) != want:
         raise ValueError("frames must be (variants, steps, bars) = "

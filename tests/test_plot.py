@@ -53,6 +53,11 @@ def drawings():
     yield "large.svg", svg(plot_attention(big))
     yield "large_signed.svg", svg(plot_attention(torch.randn(20, 9), signed=True))
     yield "edge.svg", svg(plot_attention(torch.randn(8, 8).softmax(-1)))
+    _, ax = plt.subplots()
+    ax.plot([1, 2, 3], label="a line")
+    ax.legend()
+    yield "lines.svg", svg(ax)
+    yield "zero.html", slider_bars(torch.tensor([[0.0, 0.5, 1.0]]), steps="p", bars="abc", alt="bars")._repr_html_()
     yield "slider.html", slider_bars(big[:3, :5], steps=["one", "two", "<3>"], bars="abcde", alt="some <bars>",
                                      marks=[0, 4, 2], start=1)._repr_html_()
     yield "variants.html", slider_bars(torch.stack([big[:2, :3], 2 * big[:2, :3]]), steps="pq", bars="abc",
@@ -119,6 +124,7 @@ def test_everything_is_legible():
 
 
 @pytest.mark.parametrize("kwargs, words", [
+    ({"weights": torch.rand(4)}, r"weights must be \(Tq, Tk\).* got shape \(4,\)"),
     ({"weights": torch.rand(1, 3, 4)}, r"weights must be \(Tq, Tk\).* got shape \(1, 3, 4\)"),
     ({"weights": torch.rand(3, 4), "query_tokens": "abcd"}, "query_tokens must have 3 labels, got 4"),
     ({"weights": torch.rand(3, 4), "key_tokens": "abc"}, "key_tokens must have 4 labels, got 3"),
@@ -154,10 +160,24 @@ def test_slider_cannot_be_broken_by_names():
     assert "</script><b>" not in html and "<i>" not in html and 'onload="x' not in html
 
 
+def test_large_maps_are_labelled():
+    tokens = [f"t{i}" for i in range(300)]
+    ax = plot_attention(torch.rand(300, 300), query_tokens=tokens)
+    assert [t.get_text() for t in ax.get_xticklabels()] == tokens
+
+
+def test_slider_of_zeros():
+    assert 'class="value"' in slider_bars(torch.zeros(2, 3), steps="ab", bars="abc", alt="x")._repr_html_()
+
+
 def test_slider_refuses_wrong_shapes():
+    with pytest.raises(TypeError):
+        slider_bars(torch.rand(2, 3), "ab", "abc", alt="x")
+    with pytest.raises(ValueError, match=r"got \(1, 3\)"):
+        slider_bars(torch.rand(3), steps="a", bars="abc", alt="x")
     with pytest.raises(ValueError, match=r"frames must be \(variants, steps, bars\) = \(1, 2, 3\), got \(1, 3, 2\)"):
         slider_bars(torch.rand(3, 2), steps="ab", bars="abc", alt="x")
-    with pytest.raises(ValueError, match=r"= \(2, 2, 3\), got \(1, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"= \(2, 2, 3\), got \(2, 3\)"):
         slider_bars(torch.rand(2, 3), steps="ab", bars="abc", variants="xy", alt="x")
 
 

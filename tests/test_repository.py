@@ -1,0 +1,167 @@
+"""The repository as its users meet it: README, licences, versions, workflows, the question index, the wheel."""
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINS = dict(line.split(" ;")[0].strip().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+
+
+def settings():
+    parser = ConfigParser()
+    parser.read(ROOT / "settings.ini")
+    return parser["DEFAULT"]
+
+
+# --- README
+
+def test_readme_example_prints_what_it_says():
+    code, want = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.S).groups()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout == want
+    assert len([line for line in code.splitlines() if line.strip()]) <= 8
+
+
+def test_readme_names_the_tested_versions():
+    tested = re.search(r"## Tested with\n\n(.*)", README)[1]
+    for name in ("torch", "nbdev", "jupyter-book"):
+        assert f"{name} {PINS[name]}" in tested
+    assert "Python 3.11" in tested and PYPROJECT["project"]["requires-python"] == ">=3.11"
+
+
+def test_readme_links_and_commands_exist():
+    for target in re.findall(r"\]\((nbs/[^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    for command in re.findall(r"make ([a-z]+)\b", README + (ROOT / "CONTRIBUTING.md").read_text()):
+        assert command in targets, f"make {command}"
+
+
+def test_readme_picture_is_a_figure_of_chapter_01():
+    nb = nbformat.read(ROOT / "nbs/01_single_head.ipynb", 4)
+    cell = next(c for c in nb.cells if c.id == "directory-map")
+    assert cell.outputs[-1].data["image/svg+xml"] == (ROOT / "nbs/_static/landing.svg").read_text()
+
+
+# --- versions, names, secrets
+
+def test_one_version():
+    import attn_nb
+
+    version = settings()["version"]
+    assert attn_nb.__version__ == version
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
+
+
+def test_torch_is_pinned_and_first():
+    assert PINS["torch"] == "2.13.0"
+    recipe = (ROOT / "Makefile").read_text()
+    assert recipe.index("grep ^torch==") < recipe.index('-e ".[dev]"')
+    assert "torch>=2.9" in PYPROJECT["project"]["dependencies"]
+
+
+def test_runtime_needs_little():
+    names = {re.match(r"[\w-]+", d)[0] for d in PYPROJECT["project"]["dependencies"]}
+    assert names == {"torch", "numpy", "matplotlib"}
+    assert not any("<" in d for d in PYPROJECT["project"]["dependencies"]), "no upper caps"
+
+
+def test_extras_are_pinned():
+    for extra in PYPROJECT["project"]["optional-dependencies"].values():
+        for requirement in extra:
+            name = re.match(r"[\w-]+", requirement)[0]
+            assert name in ("attn_nb",) or name.replace("_", "-") in PINS, f"{name} is not in constraints.txt"
+
+
+def test_no_path_of_a_machine_and_no_registry():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    words = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w|index-url|find-links|files\.python" "hosted|pypi" r"\.org")
+    for name in listed:
+        if Path(name).suffix not in (".png", ".svg"):
+            found = words.search((ROOT / name).read_text())
+            assert not found or name in ("tests/test_repository.py", "tests/test_notebooks.py"), f"{name}: {found[0]}"
+
+
+def test_legal_files():
+    assert "Apache License" in (ROOT / "LICENSE").read_text() and len((ROOT / "LICENSE").read_text()) > 10_000
+    assert "CC BY 4.0" in (ROOT / "LICENSE-docs").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= citation.keys()
+
+
+@pytest.mark.parametrize("name", ["tests", "book", "release"])
+def test_workflows_parse(name):
+    flow = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())
+    assert flow["jobs"] and flow["permissions"]
+    for job in flow["jobs"].values():
+        for step in job["steps"]:
+            assert "uses" in step or "run" in step
+    if name == "tests":
+        assert flow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+
+
+# --- the question index
+
+ROWS = re.findall(r"^\| (\S+) \| (.+) \| (.+) \|$", (ROOT / "nbs/questions.md").read_text(), re.M)
+ROWS = [row for row in ROWS if row[0] not in ("id", "---")]
+
+
+def test_no_question_is_lost():
+    want = [f"00{text}-{n}" for text, count in enumerate((27, 48, 27, 25, 28)) for n in range(1, count + 1)]
+    want += [f"E{n}" for n in range(1, 58)] + [f"PAIN-{n}" for n in range(1, 11)]
+    assert sorted(row[0] for row in ROWS) == sorted(want)
+
+
+@pytest.mark.parametrize("name, question, where", ROWS, ids=[row[0] for row in ROWS])
+def test_each_question_has_a_cell_that_asserts_or_a_plan(name, question, where):
+    assert question.endswith("?") and len(question) > 15
+    if re.fullmatch(r"planned: (0\d|1[0-6])", where):
+        return
+    file, cell_id = re.fullmatch(r"\[\d\d\]\((\S+\.ipynb)(?:#[^)]*)?\) `([a-z0-9-]+)`", where).groups()
+    cells = {c.id: c for c in nbformat.read(ROOT / "nbs" / file, 4).cells}
+    assert re.search(r"\bassert|catches\(", cells[cell_id].source), f"{cell_id} asserts nothing"
+
+
+# --- the package that is installed
+
+def loaded_by(code):
+    done = subprocess.run([sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True,
+                          cwd="/", check=True)
+    return set(done.stdout.split())
+
+
+def test_import_is_light():
+    plain = loaded_by("import torch")
+    extra = {m.split(".")[0] for m in loaded_by("import attn_nb; attn_nb.attention, attn_nb.plot_attention") - plain}
+    assert not extra & {"matplotlib", "transformers", "nbdev", "fastcore", "IPython", "tqdm", "safetensors"}, extra
+
+
+@pytest.mark.slow
+def test_wheel_installs_in_a_clean_environment(tmp_path):
+    subprocess.run([sys.executable, "-m", "build", "-q", "--wheel", "--no-isolation", "-o", tmp_path, ROOT], check=True)
+    wheel = next(tmp_path.glob("attn_nb-*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "attn_nb/py.typed" in names and "attn_nb/single_head.py" in names
+    assert any(n.endswith("LICENSE") for n in names) and not any(n.startswith(("tests", "nbs")) for n in names)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel], check=True)
+    # torch and numpy come from this environment; attn_nb from the wheel alone
+    shared = [p for p in sys.path if p.endswith("site-packages")]
+    code = ("import sys; sys.path += " + repr(shared) + "\nimport torch, attn_nb\n"
+            "assert 'venv' in attn_nb.__file__, attn_nb.__file__\n"
+            "layer = attn_nb.SelfAttention(4, 3)\nprint(tuple(layer(torch.zeros(2, 5, 4)).shape))\n"
+            "assert 'matplotlib' not in sys.modules and 'transformers' not in sys.modules")
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "(2, 5, 3)", done.stderr

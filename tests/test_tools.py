@@ -1,0 +1,119 @@
+"""The tools behind make: drift is caught and not repaired, the owner changes everywhere, failing notebooks are named."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import check_export
+import set_owner
+import warm_cache
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A small copy of the repository."""
+    root = tmp_path / "attn_nb"
+    root.mkdir()
+    for name in subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True,
+                               text=True).stdout.split():
+        if not name.startswith(("tests/", "nbs/_static/")) and (ROOT / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    return root
+
+
+def edit(path, change):
+    nb = nbformat.read(path, 4)
+    change({c.id: c for c in nb.cells})
+    nbformat.write(nb, path)
+
+
+def test_the_committed_package_is_in_sync():
+    assert check_export.drift(ROOT) == []
+
+
+def test_each_kind_of_drift_is_caught_and_left_alone(tree):
+    module, notebook = tree / "attn_nb/single_head.py", tree / "nbs/01_single_head.ipynb"
+    assert check_export.drift(tree) == []
+    module.write_text(module.read_text().replace("-0.5", "-0.25"))
+    (tree / "attn_nb/old.py").write_text("x = 1")
+    edited = module.read_text()
+    assert check_export.drift(tree) == ["attn_nb/old.py: no notebook exports it; delete it",
+                                        "attn_nb/single_head.py: not what the notebooks export; run nbdev_export"]
+    assert module.read_text() == edited
+    (tree / "attn_nb/old.py").unlink()
+    shutil.copy(ROOT / "attn_nb/single_head.py", module)
+
+    edit(notebook, lambda cells: cells["attention"].update(source=cells["attention"].source + "\n# more"))
+    assert "attn_nb/single_head.py: not what the notebooks export; run nbdev_export" in check_export.drift(tree)
+    shutil.copy(ROOT / "nbs/01_single_head.ipynb", notebook)
+
+    edit(notebook, lambda cells: cells["similarity"].update(execution_count=3))
+    assert check_export.drift(tree) == ["nbs/01_single_head.ipynb: not clean; run nbdev_clean"]
+
+    edit(notebook, lambda cells: cells["attention"].update(source="#| export\ndef f(:\n"))
+    assert "01_single_head.ipynb, cell attention, line 2" in check_export.drift(tree)[0]
+
+
+def test_one_owner_everywhere():
+    files = set_owner.owners(ROOT)
+    for needed in ("README.md", "_config.yml", "pyproject.toml", "CITATION.cff", "nbs/01_single_head.ipynb"):
+        assert needed in files
+    owner = set_owner.SETTING.search((ROOT / "settings.ini").read_text())[2]
+    assert {name for names in files.values() for name in names} == {owner}
+
+
+def test_make_owner(tree):
+    before = set_owner.owners(ROOT).keys()
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+    done = subprocess.run(["make", "-s", "owner=some-one"], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0 and "owner some-one set" in done.stdout, done.stderr
+    found = set_owner.owners(tree)
+    assert {name for names in found.values() for name in names} == {"some-one"}
+    assert {f for f in before if not f.startswith(("tests/", "nbs/_static/"))} <= found.keys()
+    assert "user = some-one" in (tree / "settings.ini").read_text()
+    assert check_export.drift(tree) == []       # the generated index names the owner too
+    for bad in ("-x", "a b", "a--b", "x/y"):
+        assert subprocess.run([sys.executable, ROOT / "tools/set_owner.py", bad], cwd=tree,
+                              capture_output=True).returncode == 1
+
+
+def test_the_owner_is_found_in_every_spelling():
+    for text in ("https://github.com/%s/attn_nb", "git+https://github.com/%s/attn_nb@main", "https://%s.github.io/attn_nb/",
+                 "https://colab.research.google.com/github/%s/attn_nb/blob/main/x.ipynb"):
+        text = text % "me"
+        assert [m["owner"] for m in set_owner.PLACES.finditer(text)] == ["me"], text
+    assert not list(set_owner.PLACES.finditer("https://github.com/pytorch/pytorch"))
+
+
+def test_the_table_of_contents_lists_every_notebook():
+    assert {p.stem for p in warm_cache.notebooks()} == {p.stem for p in (ROOT / "nbs").glob("*.ipynb")}
+
+
+def test_a_failing_notebook_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "nbs"
+    path.mkdir()
+    (tmp_path / "attn_nb").mkdir()
+    monkeypatch.chdir(tmp_path)
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")], metadata={
+        "kernelspec": {"name": "python3", "display_name": "python3"}})
+    nbformat.write(nb, path / "01_bad.ipynb")
+    nb.cells[0].source = "1 + 1"
+    nbformat.write(nb, path / "02_good.ipynb")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: x\nchapters: [{file: nbs/01_bad}, {file: nbs/02_good}]\n")
+
+    def run():
+        return subprocess.run([sys.executable, ROOT / "tools/warm_cache.py"], capture_output=True, text=True,
+                              env={**__import__("os").environ, "PYTHONPATH": str(ROOT / "nbs/_ext")})
+
+    first = run()
+    assert first.returncode == 1 and "nbs/01_bad.ipynb  FAILED" in first.stdout and "ZeroDivisionError" in first.stderr
+    nb.cells[0].source = "2 + 2"
+    nbformat.write(nb, path / "01_bad.ipynb")
+    second = run()
+    assert second.returncode == 0 and "nbs/02_good.ipynb  unchanged" in second.stdout
