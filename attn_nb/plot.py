@@ -37,7 +37,7 @@ def use_book_style() -> None:
     plt.rcParams.update({
         "svg.hashsalt": "attn_nb", "svg.fonttype": "none",
         "figure.facecolor": "none", "axes.facecolor": "none",
-        "savefig.facecolor": "none", "figure.figsize": (6.2, 2.6),
+        "savefig.facecolor": "none", "figure.figsize": (5.0, 2.5),
         "figure.constrained_layout.use": True, "font.size": 10,
         "text.color": GREY, "axes.labelcolor": GREY,
         "axes.edgecolor": GREY, "axes.titlecolor": GREY,
