@@ -1,4 +1,6 @@
 # make book | make test | make outputs | make mutate | make owner=NAME | make clean
+SHELL := /bin/bash
+.NOTPARALLEL:
 PY ?= python3
 V := .venv
 export PATH := $(CURDIR)/$(V)/bin:$(PATH)
@@ -18,12 +20,12 @@ help:
 	@echo "make outputs     run the notebooks in place, keep their outputs, clean them (before a commit)"
 	@echo "make mutate      plant generated bugs in the package, count those the tests kill (slow)"
 	@echo "make owner=NAME  set the repository's owner in every file that names it"
-	@echo "make clean       remove what was built (not .venv)"
+	@echo "make clean       remove what was built (for a new environment, remove .venv too)"
 
 # One environment for everything. torch goes first, pinned: a bare `torch` must never resolve.
 $(V)/.ready: pyproject.toml constraints.txt
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "attn_nb needs Python >= 3.11; try make PY=python3.12"; exit 1; }
-	@test -x $(V)/bin/pip || { echo "creating $(V)"; $(PY) -m venv $(V); }
+	@$(V)/bin/python -m pip --version >/dev/null 2>&1 || { echo "creating $(V)"; $(PY) -m venv --clear $(V); }
 	@echo "installing the pinned packages into $(V) (a few minutes the first time)"
 	$(V)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt "$$(grep ^torch== constraints.txt)"
 	$(V)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -41,6 +43,7 @@ html: $(V)/.ready
 
 test: $(V)/.ready
 	python tools/check_export.py
+	ruff check -q
 	nbdev_test --timing
 	@$(MAKE) --no-print-directory html
 	python -m pytest
@@ -60,4 +63,4 @@ owner:
 	$(PY) tools/set_owner.py $(owner)
 
 clean:
-	rm -rf _build build dist *.egg-info mutants
+	rm -rf _build build dist *.egg-info

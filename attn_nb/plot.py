@@ -7,7 +7,6 @@ __all__ = ['GREY', 'COLORS', 'use_book_style', 'plot_attention', 'SliderBars', '
 
 # %% ../nbs/90_plot.ipynb #imports
 import json
-import zlib
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -31,13 +30,17 @@ def use_book_style() -> None:
     Source: appendix. See: any figure of the book.
     """
     import matplotlib.pyplot as plt
-    from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-    set_matplotlib_formats("svg", metadata={"Date": None})
+    try:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:      # not in a notebook
+        pass
+    else:
+        set_matplotlib_formats("svg", metadata={"Date": None})
     plt.rcParams.update({
         "svg.hashsalt": "attn_nb", "svg.fonttype": "none",
         "figure.facecolor": "none", "axes.facecolor": "none",
-        "savefig.facecolor": "none", "figure.figsize": (5.0, 2.5),
+        "savefig.facecolor": "none", "figure.figsize": (4.4, 2.3),
         "figure.constrained_layout.use": True, "font.size": 10,
         "text.color": GREY, "axes.labelcolor": GREY,
         "axes.edgecolor": GREY, "axes.titlecolor": GREY,
@@ -69,13 +72,14 @@ def plot_attention(weights: Tensor, *,
     Returns:
         the axes. Numbers are printed in the cells when Tq, Tk <= 8.
     Raises:
-        ValueError: weights is not 2-D, or labels do not fit.
+        ValueError: weights is not 2-D or is empty, attn_mask is not bool
+            or does not broadcast, or labels do not fit.
     Source: the layout of Bahdanau et al. 2015, figure 3, transposed.
     See: appendix.
     """
     import matplotlib.pyplot as plt
 
-    if weights.dim() != 2:
+    if weights.dim() != 2 or weights.numel() == 0:
         raise ValueError("weights must be (Tq, Tk): pick one head of one "
                          f"batch row; got shape {tuple(weights.shape)}")
     w = weights.detach().float().cpu()                      # (Tq, Tk)
@@ -87,10 +91,9 @@ def plot_attention(weights: Tensor, *,
     if ax is None:
         size = (min(6.2, 1.6 + 0.42 * kv_len), min(6.2, 1.1 + 0.42 * q_len))
         ax = plt.figure(figsize=size).gca()
-    allowed = torch.ones_like(w, dtype=torch.bool)          # (Tq, Tk)
-    if attn_mask is not None:
-        allowed &= attn_mask.cpu()
-    top = w[allowed].abs().max().item() if signed else 1.0
+    allowed = _allowed(attn_mask, w)                        # (Tq, Tk)
+    finite = w[allowed & w.isfinite()].abs()
+    top = max([1e-9, *finite.tolist()]) if signed else 1.0
     image = ax.imshow(w.where(allowed, torch.nan).numpy(),
                       cmap="RdBu_r" if signed else "viridis",
                       vmin=-top if signed else 0.0, vmax=top)
@@ -105,6 +108,21 @@ def plot_attention(weights: Tensor, *,
     _label_axes(ax, query_tokens, key_tokens, title)
     return ax
 
+# %% ../nbs/90_plot.ipynb #allowed
+def _allowed(attn_mask: Tensor | None, w: Tensor) -> Tensor:
+    """The mask at full size; without one, every cell is allowed."""
+    if attn_mask is None:
+        return torch.ones_like(w, dtype=torch.bool)          # (Tq, Tk)
+    try:
+        if attn_mask.dtype != torch.bool:
+            raise RuntimeError
+        return attn_mask.cpu().expand(w.shape)               # (Tq, Tk)
+    except RuntimeError:
+        raise ValueError(
+            "attn_mask must be bool, True = may attend, and broadcast to "
+            f"{tuple(w.shape)}, got {attn_mask.dtype} "
+            f"{tuple(attn_mask.shape)}") from None
+
 # %% ../nbs/90_plot.ipynb #labels
 def _labels(name: str, labels: Sequence[str] | None, size: int
             ) -> Sequence[str]:
@@ -118,8 +136,9 @@ def _labels(name: str, labels: Sequence[str] | None, size: int
 def _label_axes(ax: "Axes", query_tokens: Sequence[str],
                 key_tokens: Sequence[str], title: str) -> None:
     """Keys along the top, queries down the side, no frame."""
-    ax.set_xticks(range(len(key_tokens)), key_tokens)
-    ax.set_yticks(range(len(query_tokens)), query_tokens)
+    plain = {"parse_math": False}        # "$5" is a token, not a formula
+    ax.set_xticks(range(len(key_tokens)), key_tokens, **plain)
+    ax.set_yticks(range(len(query_tokens)), query_tokens, **plain)
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False,
                    labelbottom=False)
     ax.xaxis.set_label_position("top")
@@ -220,37 +239,37 @@ def slider_bars(frames: Tensor, *, steps: Sequence[str], bars: Sequence[str],
         alt: one sentence for readers who do not see the figure.
         slider: what the slider moves.
         variants: V names for a menu; then frames is 3-D.
-        marks: for each step the bar to paint in the second colour.
+        marks: for each step the bar to paint in the second colour, or -1.
         start: the step shown first.
     Returns:
         a figure of about 10 kB; a notebook displays it. Numbers are kept
         to 4 decimals.
     Raises:
-        ValueError: names do not fit the shape of frames.
+        ValueError: names, marks or start do not fit the shape of frames,
+            or frames holds NaN, infinity or negative numbers.
     Source: appendix. See: chapter 01.
     """
+    steps, bars = [str(s) for s in steps], [str(b) for b in bars]
+    marks = [-1] * len(steps) if marks is None else list(marks)
     frames = frames if variants else frames[None]
-    want = (len(variants or [""]), len(steps), len(bars))
-    if tuple(frames.shape) != want:
-        raise ValueError("frames must be (variants, steps, bars) = "
-                         f"{want}, got {tuple(frames.shape)}")
+    _check_slider(frames, (len(variants or [""]), len(steps), len(bars)),
+                  marks, start)
     rows = frames.detach().double().cpu().mul(1e4).round().div(1e4).tolist()
-    data = {"frames": rows, "steps": list(steps), "bars": list(bars),
-            "marks": list(marks or [-1] * len(steps)),
+    data = {"frames": rows, "steps": steps, "bars": bars,
+            "marks": [int(m) for m in marks],
             "top": max(frames.max().item(), 1e-9)}
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    name = f"attn-slider-{zlib.crc32(text.encode()):08x}"
     menu = "" if not variants else (
         '<select aria-label="variant">' + "".join(
-            f'<option value="{i}">{escape(v)}</option>'
+            f'<option value="{i}">{escape(str(v))}</option>'
             for i, v in enumerate(variants)) + "</select>")
-    html = f"""<div class="attn-slider" id="{name}">
+    html = f"""<div class="attn-slider">
 <style>{_STYLE}</style>
 <svg viewBox="0 0 400 190" width="100%" role="img" aria-label="{escape(alt)}">
 <line x1="0" x2="400" y1="170" y2="170"/>
 <line x1="0" x2="400" y1="20" y2="20" stroke-dasharray="2 4"/>
 <text x="14" y="14">{data["top"]:.2f}</text>
-{_bar_shapes(rows[0][start], bars, data["top"])}
+{_bar_shapes(rows[0][start], bars, data["top"], marks[start])}
 </svg>
 <div>{menu} <label>{escape(slider)} <input type="range" min="0"
  max="{len(steps) - 1}" step="1" value="{start}"></label>
@@ -258,14 +277,33 @@ def slider_bars(frames: Tensor, *, steps: Sequence[str], bars: Sequence[str],
 <script type="application/json">{text}</script></div>{_SCRIPT}"""
     return SliderBars(html, alt)
 
+# %% ../nbs/90_plot.ipynb #check-slider
+def _check_slider(frames: Tensor, want: tuple[int, int, int],
+                  marks: Sequence[int], start: int) -> None:
+    """Raise ValueError: argument, wanted, got."""
+    if tuple(frames.shape) != want or 0 in want:
+        raise ValueError("frames must be (variants, steps, bars) = "
+                         f"{want}, none 0, got {tuple(frames.shape)}")
+    if not (frames.isfinite() & (frames >= 0)).all():
+        raise ValueError("frames must be finite and not negative, "
+                         f"got {frames.min():.3g} to {frames.max():.3g}")
+    if len(marks) != want[1] or not all(-1 <= m < want[2] for m in marks):
+        raise ValueError(f"marks must be {want[1]} numbers of bars, or -1 "
+                         f"for none, got {marks}")
+    if not 0 <= start < want[1]:
+        raise ValueError(f"start must be in 0 .. {want[1] - 1}, "
+                         f"got {start}")
+
 # %% ../nbs/90_plot.ipynb #bar-shapes
-def _bar_shapes(row: Sequence[float], bars: Sequence[str], top: float) -> str:
+def _bar_shapes(row: Sequence[float], bars: Sequence[str], top: float,
+                mark: int) -> str:
     """SVG of one row, so that the figure says something without scripts."""
     step, shapes = 400 / len(row), []
     for i, (value, name) in enumerate(zip(row, bars)):
         x, high = step * i, max(1.0, 150 * value / top)
+        kind = "bar marked" if i == mark else "bar"
         shapes.append(
-            f'<rect class="bar" x="{x + .1 * step:.1f}" '
+            f'<rect class="{kind}" x="{x + .1 * step:.1f}" '
             f'y="{170 - high:.1f}" width="{.8 * step:.1f}" '
             f'height="{high:.1f}"/>'
             f'<text class="value" x="{x + .5 * step:.1f}" '

@@ -26,14 +26,18 @@ def _masked_softmax(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
     return scores.softmax(-1).masked_fill(blocked, 0.0)  # (..., Tq, Tk)
 
 # %% ../nbs/01_single_head.ipynb #check-inputs
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor,
-                            attn_mask: Tensor | None, dropout_p: float
-                            ) -> None:
-    """Raise TypeError or ValueError: argument, wanted, got."""
+                            attn_mask: Tensor | None, dropout_p: float,
+                            scale: float | None) -> tuple[int, ...]:
+    """The shape of the weights; or an error: argument, wanted, got."""
     named = {"query": query, "key": key, "value": value}
     for name, x in named.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got "
+        if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be a float16, bfloat16, float32 "
+                            "or float64 tensor, got "
                             f"{getattr(x, 'dtype', type(x).__name__)}")
         if x.dim() < 2:
             raise ValueError(f"{name} must be (..., T, D), "
@@ -43,7 +47,7 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor,
         if not got[0] == got[1] == got[2]:
             raise TypeError(f"query, key and value must share one {what}, "
                             f"got {', '.join(map(str, got))}")
-    shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in named.items())
+    shapes = {name: tuple(x.shape) for name, x in named.items()}
     if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
         raise ValueError("query and key must have the same last size, at "
                          f"least 1, got {shapes}")
@@ -54,20 +58,28 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor,
     except RuntimeError:
         raise ValueError("leading sizes of query, key and value must "
                          f"broadcast, got {shapes}") from None
-    if not 0.0 <= dropout_p <= 1.0:
+    for name, number in (("dropout_p", dropout_p), ("scale", scale)):
+        if not isinstance(number, (int, float)) and number is not None:
+            raise TypeError(f"{name} must be a number, got {number!r}")
+    if dropout_p is None or not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    shape = (*batch, query.shape[-2], key.shape[-2])
     if attn_mask is not None:
-        want = (*batch, query.shape[-2], key.shape[-2])
-        _check_mask(attn_mask, want)
+        _check_mask(attn_mask, shape, query.device)
+    return shape
 
 # %% ../nbs/01_single_head.ipynb #check-mask
-def _check_mask(attn_mask: Tensor, want: tuple[int, ...]) -> None:
+def _check_mask(attn_mask: Tensor, want: tuple[int, ...],
+                device: torch.device) -> None:
     """Raise unless the mask has a known meaning and broadcasts to ``want``."""
-    if not isinstance(attn_mask, Tensor) or not (
-            attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+    if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in (
+            torch.bool, *_DTYPES):
         raise TypeError(
             "attn_mask must be bool (True = may attend) or float (added to "
             f"scores), got {getattr(attn_mask, 'dtype', type(attn_mask))}")
+    if attn_mask.device != device:
+        raise TypeError(f"attn_mask must be on {device} like query, "
+                        f"got {attn_mask.device}")
     got = tuple(attn_mask.shape)
     fits = len(got) <= len(want) and all(
         g in (1, w) for g, w in zip(got[::-1], want[::-1]))
@@ -82,10 +94,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor,
     """Scaled dot-product attention: softmax(query @ key.mT * scale) @ value.
 
     The readable reference of this book. Leading axes are free and
-    broadcast. Scores and softmax are computed in float32 at least.
+    broadcast. Scores and softmax are computed in float32 at least, also
+    under autocast.
 
     Args:
-        query: (..., Tq, D), any float dtype.
+        query: (..., Tq, D), float64, float32, float16 or bfloat16.
         key: (..., Tk, D), same dtype.
         value: (..., Tk, Dv), same dtype; Dv may differ from D.
         attn_mask: broadcastable to (..., Tq, Tk). Bool: True = may attend.
@@ -101,18 +114,21 @@ def attention(query: Tensor, key: Tensor, value: Tensor,
         that may attend to nothing has context 0, weights 0 and gradient 0.
     Raises:
         TypeError: a tensor is not floating point, or dtypes or devices
-            differ, or attn_mask is neither bool nor float.
+            differ, or attn_mask is neither bool nor float, or a number is
+            none.
         ValueError: sizes do not fit, or dropout_p is not in [0, 1].
     Source: Vaswani et al. 2017, section 3.2.1, equation 1.
     See: chapter 01.
     """
-    _check_attention_inputs(query, key, value, attn_mask, dropout_p)
+    shape = _check_attention_inputs(query, key, value, attn_mask, dropout_p,
+                                    scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(wide) @ key.to(wide).mT * scale    # (..., Tq, Tk)
-    weights = _masked_softmax(scores, attn_mask)         # (..., Tq, Tk)
-    kept = F.dropout(weights, dropout_p).to(wide)        # (..., Tq, Tk)
-    context = kept @ value.to(wide)                      # (..., Tq, Dv)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.to(wide) @ key.to(wide).mT * scale    # (..., Tq, Tk)
+        weights = _masked_softmax(scores.expand(shape), attn_mask)
+        kept = F.dropout(weights, dropout_p).to(wide)    # (..., Tq, Tk)
+        context = kept @ value.to(wide)                  # (..., Tq, Dv)
     return context.to(query.dtype), weights.to(query.dtype)
 
 # %% ../nbs/01_single_head.ipynb #self-attention
@@ -128,14 +144,14 @@ class SelfAttention(nn.Module):
     Returns:
         a module; see ``forward``.
     Raises:
-        ValueError: d_in or d_out is less than 1.
+        ValueError: d_in or d_out is not an integer of at least 1.
     Source: Vaswani et al. 2017, section 3.2.1. See: chapter 01.
     """
 
     def __init__(self, d_in: int, d_out: int, qkv_bias: bool = False) -> None:
         super().__init__()
-        if d_in < 1 or d_out < 1:
-            raise ValueError("d_in and d_out must be at least 1, "
+        if not all(isinstance(d, int) and d > 0 for d in (d_in, d_out)):
+            raise ValueError("d_in and d_out must be integers, at least 1, "
                              f"got d_in={d_in}, d_out={d_out}")
         self.q_proj = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.k_proj = nn.Linear(d_in, d_out, bias=qkv_bias)
@@ -148,18 +164,25 @@ class SelfAttention(nn.Module):
         Args:
             x: (..., T, d_in), usually (B, T, d_in) or (T, d_in).
             return_weights: also return the weights; slower, and memory
-                grows with T * T.
+                grows with T * T. Needed for forward-mode and double
+                differentiation on a CPU, which the fused kernel lacks.
         Returns:
             (..., T, d_out); with return_weights a pair with the weights
             (..., T, T).
         Raises:
+            TypeError: x is not a floating-point tensor.
             ValueError: x is not (..., T, d_in).
         """
         d_in = self.q_proj.in_features
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError("x must be a floating-point tensor, got "
+                            f"{getattr(x, 'dtype', type(x).__name__)}")
         if x.dim() < 2 or x.shape[-1] != d_in:
             raise ValueError(f"x must be (..., T, d_in={d_in}), "
                              f"got shape {tuple(x.shape)}")
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if return_weights:
             return attention(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v)   # (..., T, D)
+        q, k, v = (p[None].flatten(0, -3)[:, None] for p in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)    # (B, 1, T, D)
+        return out.reshape(*x.shape[:-1], out.shape[-1])     # (..., T, D)

@@ -12,6 +12,7 @@ import torch
 
 SHAPE = re.compile(r"\(([^()]*)\)")
 ITEM = re.compile(r"[A-Z][A-Za-z]*|\d+")
+ARGUMENT = re.compile(r"^\s+(\w+(?:, \w+)*): \(([^()]+)\)", re.M)
 SEEN = set()  # (file, line) of every comment that was checked
 
 
@@ -31,6 +32,24 @@ def parse(comment, where):
     if not readable:
         raise UnreadableComment(f"{where}: cannot read the shape comment {comment!r}")
     return shapes
+
+
+def documented(docstring):
+    """Argument -> axes, from lines such as `query: (..., Tq, D), any float dtype`."""
+    return {name: [item.strip() for item in axes.split(",")]
+            for names, axes in ARGUMENT.findall(docstring or "") for name in names.split(", ")
+            if re.fullmatch(r"[\w\s,.]+", axes)}
+
+
+def bind(env, arguments, axes):
+    """Take the letters of the arguments from the docstring; what does not fit is the function's own business."""
+    for name, items in axes.items():
+        tensor = arguments.get(name)
+        if isinstance(tensor, torch.Tensor) and not torch.compiler.is_compiling():
+            items = [i for i in items if i and i != "..."]
+            if tensor.dim() >= len(items):
+                for item, size in zip(items[::-1], tuple(tensor.shape)[::-1]):
+                    env.setdefault(item, size)
 
 
 def size_of(item, env, actual, where):
@@ -80,7 +99,11 @@ class Instrument(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node):
         self.generic_visit(node)
-        body = ast.parse("_shape_env = {}").body
+        names = {a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]}
+        axes = {n: a for n, a in documented(ast.get_docstring(node, clean=False)).items() if n in names}
+        arguments = "{" + ", ".join(f"{name!r}: {name}" for name in axes) + "}"
+        bind_line = f"\n_shape_bind(_shape_env, {arguments}, {axes!r})" if axes else ""
+        body = ast.parse("_shape_env = {}" + bind_line).body
         node.body[1 if ast.get_docstring(node) else 0:0] = body
         return node
 
@@ -113,5 +136,6 @@ def instrument(source, file):
     if unused := shapes.keys() - worker.used:
         raise UnreadableComment(f"{file}:{min(unused)}: a shape comment belongs on an assignment or a return")
     start = 1 if ast.get_docstring(tree) else 0
-    tree.body[start:start] = ast.parse("from shape_comments import check as _shape_check").body
+    tools = "import shape_comments\n_shape_bind, _shape_check = shape_comments.bind, shape_comments.check"
+    tree.body[start:start] = ast.parse(tools).body
     return ast.fix_missing_locations(tree)

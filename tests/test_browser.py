@@ -4,7 +4,6 @@ import http.server
 import threading
 
 import pytest
-
 from run_chapter import ROOT, values_after
 
 pytestmark = pytest.mark.browser
@@ -59,6 +58,25 @@ def visit(browser, server):
         context.close()
 
 
+# elements wider than the window that no ancestor lets the reader scroll
+STICKS_OUT = """() => [...document.querySelectorAll('article :is(img, svg, pre, table, mjx-container, p, input)')].filter(e => {
+  if (!e.getClientRects().length || e.getBoundingClientRect().right <= innerWidth + 1) return false;
+  for (let a = e; a; a = a.parentElement)
+    if (['auto', 'scroll'].includes(getComputedStyle(a).overflowX)) return false;
+  return true;
+}).map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 40))"""
+
+
+def test_the_width_check_sees_what_sticks_out(visit):
+    tab = visit("nbs/bibliography.html", 390)
+    for tag in ("<pre>{}</pre>", "<img alt='x'>", "<svg><rect/></svg>", "<table><tr><td>x</td></tr></table>"):
+        tab.evaluate("""tag => { const box = document.createElement('div'); box.innerHTML = tag;
+            box.style.overflow = 'hidden'; document.querySelector('article').append(box);
+            Object.assign(box.firstChild.style, {width: '900px', display: 'block', overflow: 'visible',
+                                                 maxWidth: 'none'}) }""", tag)
+    assert len(tab.evaluate(STICKS_OUT)) == 4
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_page_loads_clean_and_fits_a_phone(visit, page):
     for width in (1280, 390):
@@ -66,10 +84,7 @@ def test_page_loads_clean_and_fits_a_phone(visit, page):
         assert tab.problems == []
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, f"{page} overflows at {width} px"
         assert tab.evaluate("document.querySelectorAll('mjx-merror').length") == 0
-        wide = tab.evaluate("""[...document.querySelectorAll('article img, article svg, article pre, article table')]
-            .filter(e => e.offsetParent && e.getBoundingClientRect().right > innerWidth + 1 &&
-                !(e.closest('div.highlight, table, .cell_output, pre')?.scrollWidth)).length""")
-        assert wide == 0, f"{page}: {wide} blocks stick out at {width} px"
+        assert tab.evaluate(STICKS_OUT) == [], f"{page} at {width} px"
 
 
 def test_mathematics_is_typeset(visit):
@@ -111,14 +126,17 @@ def test_slider_follows_keyboard_and_mouse_and_shows_the_tensor(visit):
 
 
 def test_second_slider_marks_the_right_key(visit):
+    values = values_after(ROOT / "nbs/01_single_head.ipynb", {
+        "export-imports", "setup", "masked-softmax", "check-inputs", "check-mask", "attention", "self-attention",
+        "directory", "train", "train-check"})
     tab = visit("nbs/01_single_head.html", 390)
     figure = tab.locator(".attn-slider").nth(1)
-    slider = figure.locator("input")
-    slider.focus()
-    for _ in range(8):
-        values = shown(figure)
+    figure.locator("input").focus()
+    for step in range(8):
+        # trained again here: another number of threads rounds differently
+        assert shown(figure) == pytest.approx(values["weights"][0, step].tolist(), abs=0.03)
         marked = figure.locator(".bar").evaluate_all("bars => bars.findIndex(b => b.classList.contains('marked'))")
-        assert values.index(max(values)) == marked
+        assert marked == values["right_key"][0, step]
         tab.keyboard.press("ArrowRight")
 
 

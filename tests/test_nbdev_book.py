@@ -1,8 +1,7 @@
 """The reader between nbdev notebooks and the book."""
+import nbdev_book
 import nbformat as nbf
 import pytest
-
-import nbdev_book
 from nbdev_book import convert, imported, markdown, modules_used, read, split
 
 

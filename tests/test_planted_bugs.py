@@ -1,7 +1,6 @@
 """Every bug of the named list dies twice, and the report in the book says where."""
-import pytest
-
 import planted
+import pytest
 from run_chapter import all_killed_by_cells
 
 

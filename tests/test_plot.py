@@ -92,6 +92,30 @@ def test_signed_map_is_symmetric_about_zero():
     assert (low, high) == (-4, 4)
 
 
+def test_signed_map_of_masked_scores():
+    scores = torch.tensor([[-torch.inf, 1.0], [torch.nan, 0.5]])
+    assert plot_attention(scores, signed=True).images[0].get_clim() == (-1, 1)
+    low, high = plot_attention(scores, signed=True, attn_mask=torch.zeros(2, 2).bool()).images[0].get_clim()
+    assert low < 0 < high
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, 2).bool(), torch.ones(2, 3), torch.ones(1, 1, 2, 3).bool()])
+def test_map_refuses_masks_that_do_not_fit(mask):
+    with pytest.raises(ValueError, match=r"attn_mask must be bool, True = may attend, and broadcast to \(2, 3\), got"):
+        plot_attention(torch.rand(2, 3), attn_mask=mask)
+
+
+def test_labels_are_text_and_not_formulas():
+    ax = plot_attention(torch.rand(2, 2), query_tokens=["$x^$", "$5"])
+    assert "$x^$" in svg(ax)
+
+
+def test_style_without_a_notebook(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib_inline.backend_inline", None)
+    use_book_style()
+    assert plt.rcParams["svg.hashsalt"] == "attn_nb"
+
+
 def test_map_draws_into_the_axes_it_is_given():
     _, (left, right) = plt.subplots(1, 2)
     assert plot_attention(torch.eye(2), ax=right) is right and not left.images
@@ -124,6 +148,7 @@ def test_everything_is_legible():
 
 
 @pytest.mark.parametrize("kwargs, words", [
+    ({"weights": torch.rand(0, 4)}, r"weights must be \(Tq, Tk\).* got shape \(0, 4\)"),
     ({"weights": torch.rand(4)}, r"weights must be \(Tq, Tk\).* got shape \(4,\)"),
     ({"weights": torch.rand(1, 3, 4)}, r"weights must be \(Tq, Tk\).* got shape \(1, 3, 4\)"),
     ({"weights": torch.rand(3, 4), "query_tokens": "abcd"}, "query_tokens must have 3 labels, got 4"),
@@ -166,6 +191,29 @@ def test_large_maps_are_labelled():
     assert [t.get_text() for t in ax.get_xticklabels()] == tokens
 
 
+@pytest.mark.parametrize("changes, words", [
+    ({"frames": torch.tensor([[0.5, 0.5], [0.5, torch.nan]])}, "frames must be finite and not negative"),
+    ({"frames": torch.tensor([[0.5, 0.5], [0.5, torch.inf]])}, "frames must be finite and not negative"),
+    ({"frames": torch.tensor([[0.5, 0.5], [0.5, -1.0]])}, "frames must be finite and not negative, got -1 to 0.5"),
+    ({"frames": torch.zeros(2, 0), "bars": ""}, "none 0"),
+    ({"marks": [1]}, r"marks must be 2 numbers of bars, or -1 for none, got \[1\]"),
+    ({"marks": [0, 2]}, "marks must be 2 numbers"),
+    ({"marks": [0, -2]}, "marks must be 2 numbers"),
+    ({"start": -1}, r"start must be in 0 .. 1, got -1"),
+    ({"start": 2}, r"start must be in 0 .. 1, got 2"),
+])
+def test_slider_refuses_what_it_cannot_draw(changes, words):
+    with pytest.raises(ValueError, match=words):
+        slider_bars(**{"frames": torch.rand(2, 2), "steps": "ab", "bars": "xy", "alt": "x", **changes})
+
+
+def test_slider_takes_any_names_and_marks():
+    html = slider_bars(torch.rand(2, 2), steps=range(2), bars=[1, 2], alt="x", marks=torch.tensor([1, -1]))._repr_html_()
+    assert re.findall(r'class="(bar[^"]*)"', html) == ["bar", "bar marked"]
+    assert json.loads(re.search(r'json">(.*?)</script>', html)[1])["marks"] == [1, -1]
+    slider_bars(torch.rand(1, 2, 2), steps=range(2), bars=[1, 2], alt="x", variants=[7], start=1)
+
+
 def test_slider_of_zeros():
     assert 'class="value"' in slider_bars(torch.zeros(2, 3), steps="ab", bars="abc", alt="x")._repr_html_()
 
@@ -175,9 +223,9 @@ def test_slider_refuses_wrong_shapes():
         slider_bars(torch.rand(2, 3), "ab", "abc", alt="x")
     with pytest.raises(ValueError, match=r"got \(1, 3\)"):
         slider_bars(torch.rand(3), steps="a", bars="abc", alt="x")
-    with pytest.raises(ValueError, match=r"frames must be \(variants, steps, bars\) = \(1, 2, 3\), got \(1, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"frames must be \(variants, steps, bars\) = \(1, 2, 3\), none 0, got \(1, 3, 2\)"):
         slider_bars(torch.rand(3, 2), steps="ab", bars="abc", alt="x")
-    with pytest.raises(ValueError, match=r"= \(2, 2, 3\), got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"= \(2, 2, 3\), none 0, got \(2, 3\)"):
         slider_bars(torch.rand(2, 3), steps="ab", bars="abc", variants="xy", alt="x")
 
 

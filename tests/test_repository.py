@@ -1,5 +1,6 @@
 """The repository as its users meet it: README, licences, versions, workflows, the question index, the wheel."""
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import set_owner
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +62,7 @@ def test_one_version():
 
     version = settings()["version"]
     assert attn_nb.__version__ == version
+    assert f"attn_nb {version}, built with torch {PINS['torch']}." in (ROOT / "_config.yml").read_text()
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
 
@@ -85,7 +88,8 @@ def test_extras_are_pinned():
 
 
 def test_no_path_of_a_machine_and_no_registry():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    listed = [str(p.relative_to(ROOT)) for p in set_owner.files(ROOT)]
+    assert len(listed) > 40
     words = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w|index-url|find-links|files\.python" "hosted|pypi" r"\.org")
     for name in listed:
         if Path(name).suffix not in (".png", ".svg"):
@@ -109,6 +113,14 @@ def test_workflows_parse(name):
             assert "uses" in step or "run" in step
     if name == "tests":
         assert flow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+
+
+def test_mutation_report_is_complete():
+    """Every module, at least nine in ten killed, every survivor explained."""
+    report = (ROOT / "nbs/_generated/mutation.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+) \| \d+ \| \d+ \| ([\d.]+)% \|$", report, re.M))
+    assert set(rows) == {p.stem for p in (ROOT / "attn_nb").glob("*.py") if not p.stem.startswith("_")}
+    assert all(float(share) >= 90 for share in rows.values()) and "Not explained" not in report
 
 
 # --- the question index
@@ -149,11 +161,15 @@ def test_import_is_light():
 
 @pytest.mark.slow
 def test_wheel_installs_in_a_clean_environment(tmp_path):
-    subprocess.run([sys.executable, "-m", "build", "-q", "--wheel", "--no-isolation", "-o", tmp_path, ROOT], check=True)
+    source = tmp_path / "source"
+    for path in set_owner.files(ROOT):
+        (source / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, source / path.relative_to(ROOT))
+    subprocess.run([sys.executable, "-m", "build", "-q", "--wheel", "--no-isolation", "-o", tmp_path, source], check=True)
     wheel = next(tmp_path.glob("attn_nb-*.whl"))
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "attn_nb/py.typed" in names and "attn_nb/single_head.py" in names
-    assert any(n.endswith("LICENSE") for n in names) and not any(n.startswith(("tests", "nbs")) for n in names)
+    names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
+    assert sorted(names) == sorted(f"attn_nb/{p.name}" for p in (ROOT / "attn_nb").iterdir() if p.is_file())
+    assert "attn_nb/py.typed" in names and any("LICENSE" in n for n in zipfile.ZipFile(wheel).namelist())
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel], check=True)

@@ -2,9 +2,9 @@
 from pathlib import Path
 
 import pytest
+import shape_comments
 import torch
 
-import shape_comments
 from attn_nb.plot import plot_attention, slider_bars
 from attn_nb.single_head import SelfAttention, attention
 
@@ -36,6 +36,22 @@ def test_wrong_comments_fail(old, new):
         run(GOOD.replace(old, new))
 
 
+def test_the_first_comment_is_checked_against_the_documented_arguments():
+    one = '''
+def f(q, k, v):
+    """Doc.
+
+    Args:
+        q: (B, Tq, D), the queries.
+        k, v: (..., Tk, any), keys and values.
+    """
+    return q @ k.mT                  # (..., Tq, Tk)
+'''
+    assert run(one).shape == (2, 4, 5)
+    with pytest.raises(AssertionError, match="the comment says Tk=5, the axis has 4"):
+        run(one.replace("# (..., Tq, Tk)", "# (..., Tk, Tq)"))
+
+
 @pytest.mark.parametrize("new", ["(B, Tq, Dv) or so", "(b, tq, dv)", "(B Tq Dv)", "(B, ..., Dv)"])
 def test_unreadable_comments_fail(new):
     with pytest.raises(shape_comments.UnreadableComment):
@@ -50,6 +66,7 @@ def test_every_shape_comment_of_the_package_has_run():
     attention(query, key, value, torch.ones(4, 6).bool())
     attention(query, key, value, torch.ones(4, 6))
     SelfAttention(8, 3)(query)
+    plot_attention(torch.eye(3))
     plot_attention(torch.eye(3), attn_mask=torch.eye(3).bool())
     slider_bars(torch.eye(3), steps="abc", bars="abc", alt="three bars")
     for path in MODULES:

@@ -159,6 +159,28 @@ def test_leading_axes_broadcast():
     assert_close(attention(query, key, value, torch.ones(5, 1, 4, 6, dtype=torch.bool))[0], out)
 
 
+def test_weights_have_every_leading_axis_and_dropout_is_drawn_for_each():
+    query, key, value = torch.randn(3, 4), torch.randn(5, 4), torch.randn(2, 7, 5, 6)
+    for mask in (None, torch.ones(3, 5).bool(), torch.ones(2, 7, 3, 5).bool()):
+        assert attention(query, key, value, mask)[1].shape == (2, 7, 3, 5)
+    used = context(query, key, torch.eye(5).expand(2, 5, 5), dropout_p=0.5)
+    assert not torch.equal(used[0], used[1])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_does_not_narrow_the_scores(dtype):
+    """200 * 200 * 64 is beyond float16; under autocast the operands were float32 and would be cast back."""
+    query = torch.full((1, 1, 64), 200.0)
+    key, value = torch.cat([query, -query], 1), torch.tensor([[[1.0], [2.0]]])
+    for cast in (torch.float32, dtype):
+        with torch.autocast("cpu", dtype):
+            out, weights = attention(*(x.to(cast) for x in (query, key, value)))
+        assert weights.tolist() == [[[1.0, 0.0]]] and out.item() == 1.0 and out.dtype == cast
+    inputs = qkv(2, 3, q_len=33, kv_len=65, width=32, v_width=32)
+    with torch.autocast("cpu", dtype):
+        assert_as_precise(context, SDPA, *inputs, dtype=dtype)
+
+
 def test_non_contiguous_inputs():
     query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(2, 3))
     strided = torch.randn(2, 3, 6, 16, dtype=torch.float64)[..., ::2]
@@ -219,9 +241,11 @@ def test_any_sizes_any_mask(data, sizes, batch):
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("bad, error, words", [
-    (None, TypeError, "must be a floating-point tensor, got NoneType"),
-    ([[1.0]], TypeError, "must be a floating-point tensor, got list"),
-    (torch.zeros(4, 8, dtype=torch.long), TypeError, "must be a floating-point tensor, got torch.int64"),
+    (None, TypeError, "must be a float16, bfloat16, float32 or float64 tensor, got NoneType"),
+    ([[1.0]], TypeError, "must be a float16, bfloat16, float32 or float64 tensor, got list"),
+    (torch.zeros(4, 8, dtype=torch.long), TypeError, "must be a float16, bfloat16, float32 or float64 tensor, got torch.int64"),
+    (torch.zeros(4, 8).to(torch.float8_e4m3fn), TypeError, "must be .* got torch.float8_e4m3fn"),
+    (torch.zeros(4, 8, dtype=torch.complex64), TypeError, "must be .* got torch.complex64"),
     (torch.zeros(8), ValueError, r"must be \(..., T, D\), got shape \(8,\)"),
 ])
 def test_each_tensor_is_checked_by_name(name, bad, error, words):
@@ -249,6 +273,12 @@ def broken(**changes):
     ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\], got 1.5"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p must be in"),
     ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in"),
+    ({"dropout_p": None}, ValueError, "dropout_p must be in"),
+    ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number, got '0.1'"),
+    ({"scale": "1"}, TypeError, "scale must be a number, got '1'"),
+    ({"scale": torch.ones(6)}, TypeError, "scale must be a number, got tensor"),
+    ({"attn_mask": torch.ones(4, 6).bool().to("meta")}, TypeError, "attn_mask must be on cpu like query, got meta"),
+    ({"attn_mask": torch.ones(4, 6).to(torch.float8_e5m2)}, TypeError, "attn_mask must be bool"),
     ({"attn_mask": torch.ones(4, 6).int()}, TypeError, r"attn_mask must be bool .* got torch.int32"),
     ({"attn_mask": [[True] * 6] * 4}, TypeError, "attn_mask must be bool .* got <class 'list'>"),
     ({"attn_mask": torch.ones(4, 5).bool()}, ValueError, r"attn_mask must broadcast .* \(2, 4, 6\), got \(4, 5\)"),
@@ -312,7 +342,24 @@ def test_layer_takes_any_leading_axes(shape, return_weights):
     assert weights is None or weights.shape == (*shape[:-1], shape[-2])
 
 
-@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4), (4, -1)])
+def test_fused_road_never_makes_the_map():
+    layer, x = SelfAttention(6, 4), torch.randn(2, 3, 5, 6)
+    for batch in (x, x[0], x[0, 0]):
+        for wanted, options in ((False, {}), (True, {"return_weights": True})):
+            with torch.no_grad(), torch.profiler.profile() as profile:
+                layer(batch, **options)
+            names = {event.key for event in profile.key_averages()}
+            assert ("aten::_softmax" in names) == wanted
+            assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in names) != wanted
+
+
+@pytest.mark.parametrize("x", [None, [[1.0] * 6], torch.zeros(2, 5, 6, dtype=torch.long)])
+def test_layer_refuses_what_is_no_float_tensor(x):
+    with pytest.raises(TypeError, match="x must be a floating-point tensor, got"):
+        SelfAttention(6, 4)(x)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4), (4, -1), (2.5, 4), (4, "4")])
 def test_layer_refuses_empty_sizes(sizes):
     with pytest.raises(ValueError, match=f"d_in={sizes[0]}, d_out={sizes[1]}"):
         SelfAttention(*sizes)
@@ -373,19 +420,32 @@ def test_vmap():
     grads = torch.vmap(torch.func.grad(lambda p, x: torch.func.functional_call(layer, p, (x,)).sum()),
                        in_dims=(None, 0))(params, x)
     assert grads["q_proj.weight"].shape == (3, 4, 6)
+    masks = torch.rand(3, 4, 6) > 0.4
+    assert_close(torch.vmap(context)(*inputs, masks), torch.stack([context(*i) for i in zip(*inputs, masks)]))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("return_weights", [False, True])
-def test_compiles_into_one_graph(return_weights):
-    layer, x = SelfAttention(6, 4), torch.randn(2, 5, 6)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for got, want in zip(compiled(x, return_weights=return_weights), layer(x, return_weights=return_weights)):
-        assert_close(got, want)
-    masked = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    inputs = qkv(2)
-    for mask in (torch.rand(4, 6) > 0.4, torch.randn(1, 6).double()):
-        assert_close(masked(*inputs, mask), attention(*inputs, mask))
+def test_layer_compiles_into_one_graph_at_every_length(return_weights, dynamic):
+    torch.compiler.reset()
+    layer = SelfAttention(6, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (5, 7, 9):
+        x = torch.randn(2, length, 6)
+        for got, want in zip(compiled(x, return_weights=return_weights), layer(x, return_weights=return_weights)):
+            assert_close(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_attention_compiles_into_one_graph_at_every_length(dynamic):
+    torch.compiler.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for kv_len in (6, 8, 9):
+        inputs = qkv(2, kv_len=kv_len)
+        for mask in (None, torch.rand(4, kv_len) > 0.4, torch.randn(1, kv_len).double()):
+            assert_close(compiled(*inputs, mask), attention(*inputs, mask))
 
 
 @pytest.mark.slow
@@ -395,6 +455,15 @@ def test_exports_with_free_length():
     program = torch.export.export(layer, (x,), dynamic_shapes=({1: length},))
     longer = torch.randn(2, 9, 6)
     assert_close(program.module()(longer), layer(longer))
+    class Readable(nn.Module):
+        def forward(self, q, k, v, mask):
+            return attention(q, k, v, mask)
+
+    inputs = (*qkv(2), torch.rand(4, 6) > 0.4)
+    program = torch.export.export(Readable(), inputs, dynamic_shapes=(
+        {1: torch.export.Dim("q")}, {1: (keys := torch.export.Dim("k"))}, {1: keys}, {0: torch.export.Dim("q"), 1: keys}))
+    other = (*qkv(2, q_len=5, kv_len=9), torch.rand(5, 9) > 0.4)
+    assert_close(program.module()(*other), attention(*other))
 
 
 def test_all_dtype_pairs_are_refused_unless_equal():

@@ -4,10 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import check_export
 import nbformat
 import pytest
-
-import check_export
 import set_owner
 import warm_cache
 
@@ -19,11 +18,11 @@ def tree(tmp_path):
     """A small copy of the repository."""
     root = tmp_path / "attn_nb"
     root.mkdir()
-    for name in subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True,
-                               text=True).stdout.split():
-        if not name.startswith(("tests/", "nbs/_static/")) and (ROOT / name).exists():
+    for path in set_owner.files(ROOT):
+        name = path.relative_to(ROOT)
+        if name.parts[0] != "tests" and "_static" not in name.parts:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, root / name)
+            shutil.copy(path, root / name)
     return root
 
 
@@ -42,11 +41,15 @@ def test_each_kind_of_drift_is_caught_and_left_alone(tree):
     assert check_export.drift(tree) == []
     module.write_text(module.read_text().replace("-0.5", "-0.25"))
     (tree / "attn_nb/old.py").write_text("x = 1")
+    (tree / "attn_nb/sub").mkdir()
+    (tree / "attn_nb/sub/old.py").write_text("x = 1")
     edited = module.read_text()
     assert check_export.drift(tree) == ["attn_nb/old.py: no notebook exports it; delete it",
-                                        "attn_nb/single_head.py: not what the notebooks export; run nbdev_export"]
+                                        "attn_nb/single_head.py: not what the notebooks export; run nbdev_export",
+                                        "attn_nb/sub/old.py: no notebook exports it; delete it"]
     assert module.read_text() == edited
     (tree / "attn_nb/old.py").unlink()
+    shutil.rmtree(tree / "attn_nb/sub")
     shutil.copy(ROOT / "attn_nb/single_head.py", module)
 
     edit(notebook, lambda cells: cells["attention"].update(source=cells["attention"].source + "\n# more"))
@@ -70,7 +73,6 @@ def test_one_owner_everywhere():
 
 def test_make_owner(tree):
     before = set_owner.owners(ROOT).keys()
-    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
     done = subprocess.run(["make", "-s", "owner=some-one"], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0 and "owner some-one set" in done.stdout, done.stderr
     found = set_owner.owners(tree)
@@ -95,6 +97,18 @@ def test_the_table_of_contents_lists_every_notebook():
     assert {p.stem for p in warm_cache.notebooks()} == {p.stem for p in (ROOT / "nbs").glob("*.ipynb")}
 
 
+def test_files_without_git_are_the_files_with_git(tree):
+    """A source archive has no git metadata."""
+    names = {p.relative_to(tree) for p in set_owner.files(tree)}
+    (tree / ".venv/lib").mkdir(parents=True)
+    (tree / ".venv/lib/x.py").touch()
+    (tree / "_build").mkdir()
+    (tree / "_build/index.html").touch()
+    assert {p.relative_to(tree) for p in set_owner.files(tree)} == names and Path("README.md") in names
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+    assert {p.relative_to(tree) for p in set_owner.files(tree)} == names
+
+
 def test_a_failing_notebook_is_named(tmp_path, monkeypatch):
     path = tmp_path / "nbs"
     path.mkdir()
@@ -117,3 +131,7 @@ def test_a_failing_notebook_is_named(tmp_path, monkeypatch):
     nbformat.write(nb, path / "01_bad.ipynb")
     second = run()
     assert second.returncode == 0 and "nbs/02_good.ipynb  unchanged" in second.stdout
+    for broken in ("def f(:", "#| fig-cap: no label\n1"):
+        nb.cells[0].source = broken
+        nbformat.write(nb, path / "01_bad.ipynb")
+        assert "nbs/01_bad.ipynb  FAILED" in run().stdout

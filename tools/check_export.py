@@ -12,8 +12,6 @@ from pathlib import Path
 import nbformat
 from nbdev_book import split
 
-HAND_KEPT = {"__init__.py", "py.typed"}
-
 
 def syntax_errors(path):
     """nbdev reports a broken export cell without saying where: say it."""
@@ -40,8 +38,8 @@ def drift(root):
             done = subprocess.run([command], cwd=scratch, capture_output=True, text=True)
             if done.returncode:
                 return [f"{command} failed: {done.stderr[-2000:]}"]
-        want = {p.name: p.read_text() for p in (scratch / "attn_nb").glob("*.py")}
-        have = {p.name: p.read_text() for p in (root / "attn_nb").glob("*.py")}
+        want, have = ({str(p.relative_to(top / "attn_nb")): p.read_text() for p in (top / "attn_nb").rglob("*.py")}
+                      for top in (scratch, root))
         for name in sorted(want.keys() | have.keys()):
             if name not in want:
                 problems.append(f"attn_nb/{name}: no notebook exports it; delete it")

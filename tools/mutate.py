@@ -5,9 +5,11 @@
 The bugs are cosmic-ray's: every operator, comparison, constant, condition and loop, one change at a time. Changes that
 only touch annotations are left out. Each runs the module's own test file in a forked process, slow tests left out.
 A survivor needs a reason in tests/mutation_survivors.toml: without one, or below 90 %, the exit code is 1.
+Bugs that died once are remembered in _build/mutants_killed.txt and not run again; `make clean` forgets them.
 """
 import ast
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -15,6 +17,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+KILLED = Path("_build/mutants_killed.txt")
 REPORT, REASONS = Path("nbs/_generated/mutation.md"), Path("tests/mutation_survivors.toml")
 GOAL, TIMEOUT = 0.90, 60  # share of mutants killed; seconds per mutant
 
@@ -58,6 +61,10 @@ def mutants(source):
                 yield number, old_line.strip(), new_line.strip(), new
 
 
+def digest(mutant):
+    return hashlib.sha256(mutant[3].encode()).hexdigest()
+
+
 def killed(module, source):
     """Run the module's fast tests on this source in a forked child; True if they fail, crash or hang."""
     child = os.fork()
@@ -67,9 +74,8 @@ def killed(module, source):
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
         os.environ["CI"] = ""
-        import pytest
-
         import planted
+        import pytest
 
         planted.MUTANT = (module, source)
         options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no", "-o", "addopts="]
@@ -87,6 +93,7 @@ def main(modules):
     import torch
 
     torch.set_num_threads(1)
+    KILLED.parent.mkdir(exist_ok=True)
     reasons = tomllib.loads(REASONS.read_text()) if REASONS.exists() else {}
     rows, notes, bad = [], [], False
     for module in modules:
@@ -94,10 +101,14 @@ def main(modules):
         if killed(module, source):
             sys.exit(f"{module}: its tests fail without any change")
         work, dead, alive = list(mutants(source)), 0, []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for n, (mutant, gone) in enumerate(zip(work, pool.map(lambda m: killed(module, m[3]), work)), 1):
+        known = set(KILLED.read_text().split()) if KILLED.exists() else set()
+        with ThreadPoolExecutor(os.cpu_count()) as pool, open(KILLED, "a") as memory:
+            gone_by = pool.map(lambda m: digest(m) in known or killed(module, m[3]), work)
+            for n, (mutant, gone) in enumerate(zip(work, gone_by), 1):
                 dead += gone
-                if not gone:
+                if gone:
+                    print(digest(mutant), file=memory, flush=True)
+                else:
                     alive.append(mutant)
                 print(f"\r{module}: {n}/{len(work)} tried, {n - dead} alive", end="", flush=True)
         print()

@@ -15,17 +15,25 @@ PLACES = re.compile(r"(?P<before>github\.com/|githubusercontent\.com/|/github/|h
 SETTING = re.compile(r"^(user = )(\S+)$", re.M)
 
 
-def tracked(root):
-    """Text files of the repository."""
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True,
-                           check=True).stdout.split()
-    return [root / n for n in names if (root / n).is_file() and Path(n).suffix not in (".png", ".woff", ".svg")]
+def files(root):
+    """The files of the project: what git tracks or would, or, in a copy without git, what is not built."""
+    git = subprocess.run(["git", "-c", "safe.directory=*", "ls-files", "-co", "--exclude-standard"], cwd=root,
+                         capture_output=True, text=True)
+    built = re.compile(r"(^|/)(\.venv|\.git/|_build/|build/|dist/|[^/]*\.egg-info/|__pycache__/|\.[a-z]+_cache/|\.hypothesis/)")
+    paths = git.stdout.splitlines() if git.returncode == 0 else [
+        p for p in (str(f.relative_to(root)) for f in root.rglob("*")) if not built.search(p)]
+    return sorted(root / p for p in paths if (root / p).is_file())
+
+
+def texts(root):
+    """Those of them that can name the owner."""
+    return [f for f in files(root) if f.suffix not in (".png", ".woff", ".svg")]
 
 
 def owners(root):
     """File -> the set of owners that it names."""
     found = {}
-    for path in tracked(root):
+    for path in texts(root):
         names = {m["owner"] for m in PLACES.finditer(path.read_text())}
         if names:
             found[str(path.relative_to(root))] = names
@@ -36,7 +44,7 @@ def main(name, root=Path(".")):
     if not re.fullmatch(r"[A-Za-z0-9](?:-?[A-Za-z0-9])*", name):
         sys.exit(f"owner must be a GitHub account name (letters, digits, single hyphens), got {name!r}")
     changed = 0
-    for path in tracked(root):
+    for path in texts(root):
         old = path.read_text()
         new = PLACES.sub(lambda m: m["before"] + name + m["after"], old)
         if path.name == "settings.ini":

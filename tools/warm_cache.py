@@ -6,6 +6,7 @@ One line per notebook as it ends. Exit code 1 if any notebook failed, with its t
 """
 import os
 import sys
+import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def notebooks():
 
 def run(path):
     """Execute one notebook unless the cache holds it: (notebook, seconds, traceback); seconds is None if cached."""
-    nb = read(path.read_text())
+    try:
+        nb = read(path.read_text())
+    except Exception:
+        return None, 0.0, traceback.format_exc()
     try:
         get_cache(CACHE).match_cache_notebook(nb)
         return nb, None, None

@@ -3,22 +3,25 @@
 Plugged in by _config.yml (`nb_custom_formats`, `local_extensions`). The .ipynb on disk is never changed: nbdev, Colab
 and GitHub see plain Markdown and ordinary links; only the copy that Sphinx parses and executes is rewritten.
 
-In code cells, leading `#| key: value` lines become cell tags and figure metadata; `#| fold Some label` folds a cell, and
-so does `#@title Some label`, which Colab shows as a form. In Markdown, a link to a paper of references.bib becomes a citation, a link to a glossary term a {term}, and the
-Colab badge (an image on another host) goes: the page has its own launch button.
+In code cells, leading `#| key: value` lines become cell tags and figure metadata; `#| fold Some label` folds a cell,
+and so does `#@title Some label`, which Colab shows as a form. In Markdown, a link to a paper of references.bib becomes
+a citation, a link to a glossary term a {term}, and the Colab badge (an image on another host) goes: the page has its
+own launch button.
 """
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import os
 import re
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 
 import nbformat
 
-PACKAGE, BIBLIOGRAPHY = Path("attn_nb"), Path("nbs/references.bib")
+PACKAGE, BIBLIOGRAPHY, PINS = Path("attn_nb"), Path("nbs/references.bib"), Path("constraints.txt")
 LINE = re.compile(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 TITLE = re.compile(r"#\s*@title\s+(.*)\n?")
 BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")
@@ -94,26 +97,40 @@ def convert(nb, digest=""):
     return nb
 
 
+def modules():
+    """The package's modules, without __init__ and other private ones."""
+    return {p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")}
+
+
+def exporters():
+    """Name that `from attn_nb import ...` offers -> the module that it comes from."""
+    init = PACKAGE / "__init__.py"
+    nodes = ast.parse(init.read_text()).body if init.exists() else []
+    return {alias.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
 def imported(source):
-    """Names of the package's modules that this Python source imports."""
+    """The package's modules that this Python source imports."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level or module.startswith(PACKAGE.name + "."):
-                found.add(module.removeprefix(PACKAGE.name + "."))
-            elif module == PACKAGE.name:
-                found |= {p.stem for p in PACKAGE.glob("*.py")}
+            path = ([PACKAGE.name] if node.level else []) + (node.module or "").split(".")
+            if path[0] == PACKAGE.name and (rest := [p for p in path[1:] if p]):
+                found.add(rest[0])
+            elif path[0] == PACKAGE.name:  # from attn_nb import name, from . import module
+                found |= {exporters().get(alias.name, alias.name) for alias in node.names}
         if isinstance(node, ast.Import) and any(a.name.split(".")[0] == PACKAGE.name for a in node.names):
-            found |= {p.stem for p in PACKAGE.glob("*.py")}
-    return {name for name in found if (PACKAGE / f"{name}.py").exists()}
+            found |= modules()
+    return found & modules()
 
 
 def modules_used(nb):
     """The package's modules that a notebook needs, directly or through one another."""
-    code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
-    code = re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.M)
-    done, todo = set(), imported(code)
+    done, todo = set(), set()
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            with contextlib.suppress(SyntaxError):  # a magic, or an error that running the cell will show
+                todo |= imported(re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.M))
     while todo:
         done.add(name := todo.pop())
         todo |= imported((PACKAGE / f"{name}.py").read_text()) - done
@@ -121,9 +138,10 @@ def modules_used(nb):
 
 
 def read(text):
-    """The reader that myst-nb calls: a changed module re-runs the notebooks that use it, and no others."""
+    """The reader that myst-nb calls: a changed module re-runs the notebooks that use it, new pins re-run all."""
     nb = nbformat.reads(text, as_version=4)
-    return convert(nb, "".join((PACKAGE / f"{name}.py").read_text() for name in modules_used(nb)))
+    inputs = [PACKAGE / f"{name}.py" for name in modules_used(nb)] + [PINS]
+    return convert(nb, sys.version[:4] + "".join(p.read_text() for p in inputs if p.exists()))
 
 
 def read_page(app, docname, source):
