@@ -6,6 +6,8 @@ from torch import nn
 
 from attn_nb.testing import (
     TOLERANCE,
+    _gap,
+    _rewrite_future,
     assert_as_precise,
     assert_causal,
     assert_parity,
@@ -68,6 +70,34 @@ def test_tolerance_is_one_table():
         assert tolerance(dtype) == bound > torch.finfo(dtype).eps
     with pytest.raises(TypeError, match="dtype must be one of .*, got torch.int64"):
         tolerance(torch.int64)
+
+
+# --- helpers
+
+def test_gap():
+    inf, nan = torch.inf, torch.nan
+    new, old = torch.tensor([1.0, 2.0, inf, nan, 3.0, inf, -2.0]), torch.tensor([1.0, -1.0, inf, nan, nan, 1.0, -5.0])
+    assert str(_gap(new, old).tolist()) == str([0.0, 3.0, 0.0, 0.0, nan, inf, 3.0])
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 50.0])
+def test_the_future_is_rewritten_by_noise_of_the_size_of_the_input(size):
+    x = torch.rand(40, 50, 10) * size
+    (new,) = _rewrite_future(x, 7, 0)
+    change = (new - x)[:, 7:] / max(1.0, x.max().item())
+    assert torch.equal(new[:, :7], x[:, :7])
+    assert abs(change.mean()) < 0.05 and abs(change.std() - 1) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)])
+def test_future_ids_are_rewritten_twice(shape):
+    ids = torch.randint(9, shape, dtype=torch.int32)
+    first, second = _rewrite_future(ids, 2, 11)
+    for new in (first, second):
+        assert torch.equal(new[..., :2], ids[..., :2]) and new.dtype == torch.int32
+        assert new.min() >= 0 and new.max() < 11
+    assert torch.equal(first[..., 2:], (ids[..., 2:] + 1) % 11)
+    assert not torch.equal(second[..., 2:], first[..., 2:])
 
 
 # --- rows
@@ -133,6 +163,30 @@ def test_permutation_equivariance():
         assert_permutation_equivariant(lambda y: y if torch.equal(y, x) else y * torch.nan, x)
     with pytest.raises(ValueError, match=r"at least 2 tokens, got \(2, 1, 4\)"):
         assert_permutation_equivariant(layer, x[:, :1])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e6])
+def test_permutation_check_at_every_scale(scale):
+    x = torch.randn(2, 5, 4)
+    assert_permutation_equivariant(lambda x: scale * (x + x.mean(-2, keepdim=True)), x)
+    with pytest.raises(AssertionError, match="permutation equivariance"):
+        assert_permutation_equivariant(lambda x: scale * (x + 0.01 * torch.arange(5.0)[:, None]), x)
+
+
+def test_permutation_check_and_zeros():
+    x = torch.randn(2, 5, 4)
+    assert_permutation_equivariant(lambda x: torch.cat([x, 0 * x], -1), x)
+    with pytest.raises(AssertionError, match="vacuous"):
+        assert_permutation_equivariant(torch.zeros_like, x)
+
+
+def test_permutation_message_names_the_token_and_not_the_channel():
+    place = torch.zeros(5, 4)
+    place[3, 2] = 1.0               # only token 3, only channel 2
+    with pytest.raises(AssertionError, match="after moving token 2 to place 3 its output changed by 1"):
+        assert_permutation_equivariant(lambda x: x + place, torch.randn(2, 5, 4).clamp(-1, 1))
+    with pytest.raises(ValueError, match=r"got \(4,\)"):
+        assert_permutation_equivariant(lambda x: x, torch.randn(4))
 
 
 def test_permutation_check_is_not_blinded_by_a_large_channel():
@@ -240,6 +294,29 @@ def test_ids_are_rewritten_in_two_ways():
     assert_causal(lambda ids: F.one_hot(ids.long(), 256).float(), torch.tensor([[1, 255, 3]], dtype=torch.uint8))
 
 
+def test_one_rounding_step_is_no_leak():
+    x = torch.randn(5, 4)
+
+    def fn(y, steps):
+        out = mean(y)
+        for _ in range(steps if (y[-1] != x[-1]).any() else 0):
+            out[0] = torch.nextafter(out[0], torch.tensor(torch.inf))
+        return out
+
+    assert_causal(lambda y: fn(y, 1), x)
+    with pytest.raises(AssertionError, match="causality: output 0"):
+        assert_causal(lambda y: fn(y, 8), x)
+
+
+def test_long_sequences_and_the_message():
+    x = torch.randn(300, 1)
+    assert_causal(lambda x: x.cumsum(0), x)
+    with pytest.raises(AssertionError, match=r"output 0 moved by .* when inputs 1..3 changed"):
+        assert_causal(lambda x: x.flip(0), torch.randn(4, 2))
+    with pytest.raises(TypeError):
+        assert_causal(mean, torch.randn(4, 2), 11)
+
+
 def test_constant_infinities_are_no_leak():
     banned = torch.tensor([0.0, -torch.inf, 0.0, torch.nan])
     assert_causal(lambda x: mean(x) + banned, torch.randn(5, 4))
@@ -312,7 +389,8 @@ def test_useless_evidence_is_refused():
         assert_causal(lambda x: x.long(), x)
     with pytest.raises(TypeError, match="fn must return a tensor, got tuple; wrap it in a lambda"):
         assert_causal(lambda x: (x, x), x)
-    for wrong in (lambda x: x.sum(-2), lambda x: x[:, :4], lambda x: x.sum()):
+    for wrong in (lambda x: x.sum(-2), lambda x: x[:, :4], lambda x: x.sum(), lambda x: x.sum((0, -1)),
+                  lambda x: torch.cat([x, x], -2)):
         with pytest.raises(ValueError, match=r"fn must return \(..., 5, any\), got"):
             assert_causal(wrong, x)
 
@@ -339,6 +417,10 @@ def test_parity():
         assert_parity(lambda x, y: x @ y.detach(), lambda x, y: x @ y, x, y)
     with pytest.raises(AssertionError, match="gradient of input 0"):
         assert_parity(lambda x: x.detach() + 0 * x, lambda x: x, x)
+    for n in range(4):
+        with pytest.raises(AssertionError, match=f"gradient of input {n} at"):
+            assert_parity(lambda *xs: sum(x.detach() if i == n else x for i, x in enumerate(xs)),
+                          lambda *xs: sum(xs), x, x, x, x)
     with pytest.raises(AssertionError, match="gradient of input 0"):       # 1e-6 relative is too much
         assert_parity(lambda x: x.detach() * -1e-6 + (1 + 1e-6) * x, lambda x: x, x)
 
@@ -398,6 +480,16 @@ def test_precision_rule():
         assert_as_precise(lambda x: x * 0, lambda x: x * x, torch.full((4,), 300.0), dtype=torch.float16)
     with pytest.raises(AssertionError, match="vacuous"):
         assert_as_precise(lambda x: x * 0, lambda x: x * 1e-6, torch.rand(4), dtype=torch.float32)
+    with pytest.raises(AssertionError, match="vacuous"):
+        assert_as_precise(lambda x: x, lambda x: x if x.dtype == torch.float64 else x * torch.nan, torch.ones(4),
+                          dtype=torch.float32)
+    # a factor of two, no more
+    def rough(x):
+        return x if x.dtype == torch.float64 else x + 1e-2
+
+    assert_as_precise(lambda x: x + 1.9e-2, rough, torch.ones(4), dtype=torch.float32)
+    with pytest.raises(AssertionError, match="is more than twice theirs"):
+        assert_as_precise(lambda x: x + 2.5e-2, rough, torch.ones(4), dtype=torch.float32)
     # an allowance of 1e-5, no more
     same = torch.ones(4)
     assert_as_precise(lambda x: x + 5e-6, lambda x: x, same, dtype=torch.float32)
