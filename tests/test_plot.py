@@ -192,19 +192,26 @@ def test_large_maps_are_labelled():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"frames": torch.tensor([[0.5, 0.5], [0.5, torch.nan]])}, "frames must be finite and not negative"),
-    ({"frames": torch.tensor([[0.5, 0.5], [0.5, torch.inf]])}, "frames must be finite and not negative"),
-    ({"frames": torch.tensor([[0.5, 0.5], [0.5, -1.0]])}, "frames must be finite and not negative, got -1 to 0.5"),
-    ({"frames": torch.zeros(2, 0), "bars": ""}, "none 0"),
-    ({"marks": [1]}, r"marks must be 2 numbers of bars, or -1 for none, got \[1\]"),
-    ({"marks": [0, 2]}, "marks must be 2 numbers"),
-    ({"marks": [0, -2]}, "marks must be 2 numbers"),
-    ({"start": -1}, r"start must be in 0 .. 1, got -1"),
-    ({"start": 2}, r"start must be in 0 .. 1, got 2"),
+    ({"frames": torch.full((3, 4), torch.nan)}, "frames must be finite and not negative"),
+    ({"frames": torch.full((3, 4), torch.inf)}, "frames must be finite and not negative"),
+    ({"frames": torch.tensor([[0.5, 0.5, 0.5, -1.0]] * 3)}, "frames must be finite and not negative, got -1 to 0.5"),
+    ({"frames": torch.zeros(3, 0), "bars": ""}, "none 0"),
+    ({"frames": torch.rand(2, 4)}, "frames must be"),
+    ({"frames": torch.rand(4, 4)}, "frames must be"),
+    ({"marks": [1]}, r"marks must be 3 numbers of bars, or -1 for none, got \[1\]"),
+    ({"marks": [1, 1, 1, 1]}, "marks must be 3 numbers"),
+    ({"marks": [0, 0, 4]}, "marks must be 3 numbers"),
+    ({"marks": [0, 0, 7]}, "marks must be 3 numbers"),
+    ({"marks": [0, 0, -2]}, "marks must be 3 numbers"),
+    ({"start": -1}, r"start must be in 0 .. 2, got -1"),
+    ({"start": 3}, r"start must be in 0 .. 2, got 3"),
+    ({"start": 9}, r"start must be in 0 .. 2, got 9"),
 ])
 def test_slider_refuses_what_it_cannot_draw(changes, words):
+    good = {"frames": torch.rand(3, 4), "steps": "abc", "bars": "wxyz", "alt": "x"}
+    slider_bars(**good, marks=[3, 0, -1], start=2)
     with pytest.raises(ValueError, match=words):
-        slider_bars(**{"frames": torch.rand(2, 2), "steps": "ab", "bars": "xy", "alt": "x", **changes})
+        slider_bars(**{**good, **changes})
 
 
 def test_slider_takes_any_names_and_marks():
