@@ -47,6 +47,8 @@ def test_no_directive_and_no_traceback(written):
             assert not re.search(r"^\s*#\s*\|", block.text, re.M), f"{name}: {block.text[:80]}"
             assert "Traceback (most recent call last)" not in block.text, name
             assert "#@title" not in block.text and "%pip" not in block.text, name
+        noise = [b.get_text()[:60] for b in article(soup).select(".stderr")]
+        assert not noise, f"{name}: what was written to stderr is on the page; flag the cell warning: false: {noise}"
         text = article(soup).get_text(" ")
         for raw in ("{cite", "{term}", "{ref}", "{eq}", ":::", "glossary.md#", "fig-alt", "colab-badge"):
             assert raw not in text, f"{name}: {raw} reached the page"
