@@ -59,11 +59,10 @@ def tolerance(dtype: torch.dtype) -> float:
     Args:
         dtype: float64, float32, float16 or bfloat16.
     Returns:
-        the bound. In half precision it is the rounding step at 1, twice
-        the worst error of a softmax row that was measured.
+        the bound; in half precision the rounding step at 1.
     Raises:
         TypeError: no bound is set for this dtype.
-    Source: measured in chapter 01 and this book's tests. See: appendix.
+    Source: torch.finfo(dtype).eps, rounded up. See: appendix.
     """
     if dtype not in TOLERANCE:
         raise TypeError(f"dtype must be one of {list(TOLERANCE)}, "
