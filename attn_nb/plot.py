@@ -74,7 +74,7 @@ def plot_attention(weights: Tensor, *,
     Raises:
         ValueError: weights is not 2-D or is empty, attn_mask is not bool
             or does not broadcast, or labels do not fit.
-    Source: the layout of Bahdanau et al. 2015, figure 3, transposed.
+    Source: the layout of Bahdanau et al. 2015, figure 3.
     See: appendix.
     """
     import matplotlib.pyplot as plt
