@@ -35,7 +35,7 @@ def drift(root):
         shutil.copytree(root / "nbs", scratch / "nbs", ignore=shutil.ignore_patterns("_*", ".*"))
         shutil.copy(root / "attn_nb/__init__.py", scratch / "attn_nb")
         for command in ("nbdev_export", "nbdev_clean"):
-            done = subprocess.run([command], cwd=scratch, capture_output=True, text=True)
+            done = subprocess.run([Path(sys.executable).with_name(command)], cwd=scratch, capture_output=True, text=True)
             if done.returncode:
                 return [f"{command} failed: {done.stderr[-2000:]}"]
         want, have = ({str(p.relative_to(top / "attn_nb")): p.read_text() for p in (top / "attn_nb").rglob("*.py")}
