@@ -44,7 +44,7 @@ html: $(V)/.ready
 test: $(V)/.ready
 	python tools/check_export.py
 	ruff check -q
-	nbdev_test --timing
+	OMP_NUM_THREADS=1 nbdev_test --timing     # notebooks run side by side, one thread each
 	@$(MAKE) --no-print-directory html
 	python -m pytest
 

@@ -1,11 +1,14 @@
 """Attention, one idea at a time. The book's notebooks are the source; see https://github.com/OWNER/attn_nb."""
 __version__ = "0.1.0"
 
-from .plot import plot_attention, slider_bars, use_book_style
+from .causal import CausalSelfAttention, bias_to_mask, causal_mask, mask_from_mha, mask_to_bias, padding_mask
+from .dropout import CausalAttention
+from .plot import mask_grid, plot_attention, slider_bars, use_book_style
 from .single_head import SelfAttention, attention
 from .testing import (
     assert_as_precise,
     assert_causal,
+    assert_eval_deterministic,
     assert_parity,
     assert_permutation_equivariant,
     assert_rows_sum_to_one,
@@ -14,6 +17,8 @@ from .testing import (
 )
 
 __all__ = [
-    "SelfAttention", "assert_as_precise", "assert_causal", "assert_parity", "assert_permutation_equivariant",
-    "assert_rows_sum_to_one", "attention", "catches", "plot_attention", "slider_bars", "tolerance", "use_book_style",
+    "CausalAttention", "CausalSelfAttention", "SelfAttention", "assert_as_precise", "assert_causal",
+    "assert_eval_deterministic", "assert_parity", "assert_permutation_equivariant", "assert_rows_sum_to_one", "attention",
+    "bias_to_mask", "catches", "causal_mask", "mask_from_mha", "mask_grid", "mask_to_bias", "padding_mask",
+    "plot_attention", "slider_bars", "tolerance", "use_book_style",
 ]

@@ -58,15 +58,21 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor,
     except RuntimeError:
         raise ValueError("leading sizes of query, key and value must "
                          f"broadcast, got {shapes}") from None
-    for name, number in (("dropout_p", dropout_p), ("scale", scale)):
-        if not isinstance(number, (int, float)) and number is not None:
-            raise TypeError(f"{name} must be a number, got {number!r}")
-    if dropout_p is None or not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    _check_probability("dropout_p", dropout_p)
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, got {scale!r}")
     shape = (*batch, query.shape[-2], key.shape[-2])
     if attn_mask is not None:
         _check_mask(attn_mask, shape, query.device)
     return shape
+
+# %% ../nbs/01_single_head.ipynb #check-probability
+def _check_probability(name: str, p: float) -> None:
+    """Raise unless ``p`` is a number in [0, 1]."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name} must be a number, got {p!r}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {p}")
 
 # %% ../nbs/01_single_head.ipynb #check-mask
 def _check_mask(attn_mask: Tensor, want: tuple[int, ...],
@@ -157,22 +163,8 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.v_proj = nn.Linear(d_in, d_out, bias=qkv_bias)
 
-    def forward(self, x: Tensor, *, return_weights: bool = False
-                ) -> Tensor | tuple[Tensor, Tensor]:
-        """Let every token of ``x`` read from every token.
-
-        Args:
-            x: (..., T, d_in), usually (B, T, d_in) or (T, d_in).
-            return_weights: also return the weights; slower, and memory
-                grows with T * T. Needed for forward-mode and double
-                differentiation on a CPU, which the fused kernel lacks.
-        Returns:
-            (..., T, d_out); with return_weights a pair with the weights
-            (..., T, T).
-        Raises:
-            TypeError: x is not a floating-point tensor.
-            ValueError: x is not (..., T, d_in).
-        """
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x, with an axis for the one head."""
         d_in = self.q_proj.in_features
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError("x must be a floating-point tensor, got "
@@ -180,9 +172,29 @@ class SelfAttention(nn.Module):
         if x.dim() < 2 or x.shape[-1] != d_in:
             raise ValueError(f"x must be (..., T, d_in={d_in}), "
                              f"got shape {tuple(x.shape)}")
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        tokens = x[None].flatten(0, -3)[:, None]             # (B, 1, T, D)
+        return self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens)
+
+    def forward(self, x: Tensor, *, return_weights: bool = False
+                ) -> Tensor | tuple[Tensor, Tensor]:
+        """Let every token of ``x`` read from every token.
+
+        Args:
+            x: (..., T, d_in), usually (B, T, d_in) or (T, d_in).
+            return_weights: also return the weights; slower, memory T * T,
+                but with forward-mode and double differentiation.
+        Returns:
+            (..., T, d_out), or a pair of it and the weights (..., T, T).
+        Raises:
+            TypeError: x is not a floating-point tensor.
+            ValueError: x is not (..., T, d_in).
+        """
+        q, k, v = self._project(x)
+        lead = x.shape[:-1]                                  # ..., T
         if return_weights:
-            return attention(q, k, v)
-        q, k, v = (p[None].flatten(0, -3)[:, None] for p in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v)    # (B, 1, T, D)
-        return out.reshape(*x.shape[:-1], out.shape[-1])     # (..., T, D)
+            out, weights = attention(q, k, v)
+            weights = weights.reshape(*lead, lead[-1])       # (..., T, T)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)    # (B, 1, T, D)
+        out = out.reshape(*lead, out.shape[-1])              # (..., T, D)
+        return (out, weights) if return_weights else out

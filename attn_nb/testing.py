@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'catches', 'tolerance', 'assert_rows_sum_to_one', 'assert_permutation_equivariant', 'assert_causal',
-           'assert_parity', 'assert_as_precise']
+           'assert_parity', 'assert_as_precise', 'assert_eval_deterministic']
 
 # %% ../nbs/91_testing.ipynb #imports
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/91_testing.ipynb #nothing-caught
 class _NothingCaught(AssertionError):
@@ -331,3 +331,50 @@ def assert_as_precise(ours: Callable[..., Tensor],
         raise AssertionError(
             f"precision: error {error:.3g} in {dtype} is more than twice "
             f"theirs, {peer_error:.3g}")
+
+# %% ../nbs/91_testing.ipynb #eval
+def assert_eval_deterministic(module: nn.Module, *inputs: Tensor) -> None:
+    """Check that ``module`` is random in training, and only there.
+
+    It runs in evaluation and training, and then in both again. Modes and
+    the global random state are restored afterwards.
+
+    Args:
+        module: with dropout somewhere; maps the inputs to one tensor.
+        inputs: tensors of any dtype; the module gets copies.
+    Raises:
+        AssertionError: two passes in evaluation differ; or 16 in training
+            do not, so that dropout is 0 or was lost; or a seed does not
+            repeat a training pass.
+        TypeError: module is no nn.Module, or its result no usable tensor.
+    Source: the definition of dropout. See: chapter 03.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError("module must be an nn.Module, "
+                        f"got {type(module).__name__}")
+    modes = {part: part.training for part in module.modules()}
+    run = lambda: _call(module, *inputs)
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            for visit in ("first", "second"):
+                module.eval()
+                gap = _gap(run(), run()).amax().item()
+                if gap:
+                    raise AssertionError(
+                        "eval is deterministic: two passes differ by "
+                        f"{gap:.3g}, {visit} time in eval()")
+                module.train()
+                out = run()
+                if not any(_gap(run(), out).any() for _ in range(15)):
+                    raise AssertionError(
+                        "training drops: 16 passes were equal, "
+                        f"{visit} time in train()")
+            state = torch.random.get_rng_state()
+            out = run()
+            torch.random.set_rng_state(state)
+            if _gap(run(), out).any():
+                raise AssertionError("a seed repeats: the same seed gave "
+                                     "two outputs in training")
+    finally:
+        for part, training in modes.items():
+            part.training = training

@@ -80,9 +80,9 @@ BUGS = [
     one("dropout never applied", "kept = F.dropout(weights, dropout_p).to(wide)", "kept = weights.to(wide)"),
     one("weights returned after dropout", "return context.to(query.dtype), weights.to(query.dtype)",
         "return context.to(query.dtype), kept.to(query.dtype)"),
-    one("layer: values read through the key matrix", "self.v_proj(x)", "self.k_proj(x)"),
-    one("layer: query and key matrices swapped", "q, k, v = self.q_proj(x), self.k_proj(x)",
-        "k, q, v = self.q_proj(x), self.k_proj(x)"),
+    one("layer: values read through the key matrix", "self.v_proj(tokens)", "self.k_proj(tokens)"),
+    one("layer: query and key matrices swapped", "return self.q_proj(tokens), self.k_proj(tokens)",
+        "return self.k_proj(tokens), self.q_proj(tokens)"),
     one("layer: created in another order", "self.q_proj = nn.Linear(d_in, d_out, bias=qkv_bias)\n"
         "        self.k_proj = nn.Linear(d_in, d_out, bias=qkv_bias)",
         "self.k_proj = nn.Linear(d_in, d_out, bias=qkv_bias)\n"
@@ -91,13 +91,99 @@ BUGS = [
         "torch.autocast(query.device.type, enabled=torch.is_autocast_enabled(query.device.type))"),
     one("leading axes of the values ignored by the weights", "_masked_softmax(scores.expand(shape), attn_mask)",
         "_masked_softmax(scores, attn_mask)"),
-    one("layer: fused kernel not reached for want of a head axis", "(p[None].flatten(0, -3)[:, None] for p in (q, k, v))",
-        "(p[None].flatten(0, -3) for p in (q, k, v))"),
+    one("layer: fused kernel not reached for want of a head axis", "x[None].flatten(0, -3)[:, None]             # (B, 1, T, D)",
+        "x[None].flatten(0, -3)                      # (B, T, D)"),
     one("layer: fused road is causal", "F.scaled_dot_product_attention(q, k, v)",
         "F.scaled_dot_product_attention(q, k, v, is_causal=True)"),
-    one("layer: readable road keeps another scale", "return attention(q, k, v)", "return attention(q, k, v, scale=1.0)"),
+    one("layer: readable road keeps another scale", "out, weights = attention(q, k, v)",
+        "out, weights = attention(q, k, v, scale=1.0)"),
     one("layer: biases always on", "self.v_proj = nn.Linear(d_in, d_out, bias=qkv_bias)",
         "self.v_proj = nn.Linear(d_in, d_out, bias=True)"),
+]
+
+
+def causal(name, old, new):
+    return Bug(name, "causal", old, new)
+
+
+def dropout(name, old, new):
+    return Bug(name, "dropout", old, new)
+
+
+RULE = "return key <= query + offset"
+BUGS += [
+    causal("diagonal +1: one future token is seen", RULE, "return key <= query + offset + 1"),
+    causal("diagonal -1: a token cannot see itself", RULE, "return key < query + offset"),
+    causal("triu for tril", RULE, "return key >= query + offset"),
+    causal("polarity of the causal mask flipped", RULE, "return key > query + offset"),
+    causal("offset ignored", RULE, "return key <= query + 0 * offset"),
+    causal("offset subtracted", RULE, "return key <= query - offset"),
+    causal("default offset 0: aligned to the upper left corner", "offset = kv_len - q_len if offset is None else offset",
+           "offset = 0 if offset is None else offset"),
+    causal("default offset q_len - kv_len", "offset = kv_len - q_len if offset is None else offset",
+           "offset = q_len - kv_len if offset is None else offset"),
+    causal("offset 0 taken for no offset", "offset = kv_len - q_len if offset is None else offset",
+           "offset = offset if isinstance(offset, Tensor) else offset or kv_len - q_len"),
+    causal("offsets per row without an axis for the heads", "[:, None, None, None]      # (B, 1, 1, 1)",
+           "[:, None, None]            # (B, 1, 1)"),
+    causal("queries and keys swapped", "query = torch.arange(q_len, device=device)[:, None]      # (Tq, 1)\n"
+           "    key = torch.arange(kv_len, device=device)                # (Tk,)",
+           "query = torch.arange(q_len, device=device)               # (Tq,)\n"
+           "    key = torch.arange(kv_len, device=device)[:, None]       # (Tk, 1)"),
+    causal("length counts one pad as real", "real = keys < given[:, None]", "real = keys <= given[:, None]"),
+    causal("padding polarity flipped", "real = given.bool()", "real = ~given.bool()"),
+    causal("lengths pad on the left", "real = keys < given[:, None]", "real = kv_len - 1 - keys < given[:, None]"),
+    causal("padding mask blanks rows instead of columns", "return real[:, None, None]                           # (B, 1, 1, Tk)",
+           "return real[:, None, :, None]"),
+    causal("padding mask without axes for heads and queries",
+           "return real[:, None, None]                           # (B, 1, 1, Tk)", "return real"),
+    causal("negative lengths accepted", '_check_values("lengths", given, 0, kv_len)',
+           '_check_values("lengths", given, -9, kv_len)'),
+    causal("lengths beyond kv_len accepted", '_check_values("lengths", given, 0, kv_len)',
+           '_check_values("lengths", given, 0, 99)'),
+    causal("bias on the keys that may be seen", "return bias.masked_fill(~attn_mask, -torch.inf)",
+           "return bias.masked_fill(attn_mask, -torch.inf)"),
+    causal("bias by multiplication: 0 * inf is NaN", "return bias.masked_fill(~attn_mask, -torch.inf)",
+           "return (1 - attn_mask.to(dtype)) * -torch.inf"),
+    causal("bias is a finite number", "return bias.masked_fill(~attn_mask, -torch.inf)",
+           "return bias.masked_fill(~attn_mask, -1e4)"),
+    causal("other numbers of a bias are lost in silence", "other.any():", "False:"),
+    causal("polarity of nn.MultiheadAttention kept", "may.append(~mask if", "may.append(mask if"),
+    causal("heads before batch in a 3-D mask", "may[0].unflatten(0, (-1, num_heads))    # (B, H, Tq, Tk)",
+           "may[0].unflatten(0, (num_heads, -1)).transpose(0, 1)"),
+    causal("layer: the caller's mask instead of the causal one", "return attn_mask & causal ",
+           "return attn_mask | attn_mask & causal "),
+    causal("layer: either mask is enough", "return attn_mask & causal ", "return attn_mask | causal "),
+    causal("layer: a float mask replaces the causal one", "return torch.where(causal, attn_mask, -torch.inf)    # (..., Tq, Tk)",
+           "return attn_mask + 0 * causal                        # (..., Tq, Tk)"),
+    causal("layer: causal only without weights", "or return_weights\n                      or q_len", "or q_len"),
+    causal("layer: the caller's mask is ignored", "attn_mask, is_causal = _and_causal(attn_mask, causal), False",
+           "attn_mask, is_causal = causal, False"),
+    causal("layer: empty row of a float mask is NaN or an average", "attn_mask = attn_mask.masked_fill(empty, 0.0).to(wide)",
+           "attn_mask = attn_mask.clamp(min=-1e9).to(wide)"),
+    causal("layer: empty row reads what it may not", "return out.masked_fill(empty, 0.0)                   # (..., Tq, Dv)",
+           "return out                                           # (..., Tq, Dv)"),
+    causal("layer: garbage in the pads gets through", "value = value.masked_fill(unseen, 0.0) ", "value = value + 0 "),
+    causal("layer: not causal at all", "attn_mask, is_causal=True,", "attn_mask, is_causal=False,"),
+    causal("layer: dropout not passed on", "dropout_p=dropout_p,\n                               return_weights=return_weights)",
+           "dropout_p=0.0,\n                               return_weights=return_weights)"),
+    dropout("dropout in eval", "self.dropout.p if self.dropout.training else 0.0", "self.dropout.p"),
+    dropout("no dropout in training", "self.dropout.p if self.dropout.training else 0.0", "0.0"),
+    dropout("dropout in eval only", "self.dropout.p if self.dropout.training else 0.0",
+            "0.0 if self.dropout.training else self.dropout.p"),
+    dropout("keeps with probability p", "nn.Dropout(dropout)", "nn.Dropout(1 - dropout)"),
+    dropout("context_length is one too small", "x.shape[-2] > self.context_length", "x.shape[-2] >= self.context_length"),
+    dropout("longer input is accepted", "x.shape[-2] > self.context_length", "x.shape[-2] > 2 * self.context_length"),
+    dropout("longer input is cut in silence",
+            '            raise ValueError("x must have at most context_length="\n'
+            '                             f"{self.context_length} tokens, "\n'
+            '                             f"got {x.shape[-2]}")\n',
+            "            x = x[..., -self.context_length:, :]\n"),
+    dropout("the caller's mask is dropped on the way", "forward(x, attn_mask=attn_mask, ", "forward(x, attn_mask=None, "),
+    dropout("the mask is saved with the weights", "        self.context_length = context_length\n",
+            "        self.context_length = context_length\n"
+            '        self.register_buffer("mask", torch.ones(context_length, context_length))\n'),
+    dropout("qkv_bias is ignored", "super().__init__(d_in, d_out, qkv_bias)", "super().__init__(d_in, d_out)"),
 ]
 
 

@@ -1,14 +1,17 @@
 """The built book in a real browser: offline, no console errors, phone and desktop, light and dark."""
 import functools
 import http.server
+import json
 import threading
 
 import pytest
+import torch
 from run_chapter import ROOT, values_after
 
 pytestmark = pytest.mark.browser
 PAGES = ["README.html", *sorted(f"nbs/{p.stem}.html" for p in [*(ROOT / "nbs").glob("*.ipynb"),
                                                                *(ROOT / "nbs").glob("*.md")]), "search.html"]
+MASK_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "mask_grid(" in p.read_text()]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -140,6 +143,87 @@ def test_second_slider_marks_the_right_key(visit):
         tab.keyboard.press("ArrowRight")
 
 
+def masks_in(figure):
+    """The masks that a figure carries, one axis for each slider, then the keys."""
+    data = json.loads(figure.locator("script").text_content())
+    bits = torch.tensor([int(bit) for bit in data["bits"]]).bool()
+    return bits.view(*map(len, data["steps"]), -1), data["steps"]
+
+
+def assert_shows(figure, at):
+    """The figure shows masks[at]: filled and hatched cells, the chosen row, the names of the positions, the sentence."""
+    masks, steps = masks_in(figure)
+    cells = figure.locator("path").evaluate_all(
+        "all => all.map(getComputedStyle).map(s => [s.fill !== 'none', s.stroke !== 'none', +s.fillOpacity])")
+    allowed = masks[tuple(at[:-1])].flatten().tolist()
+    assert [fill for fill, _, _ in cells] == allowed
+    assert [hatch for _, hatch, _ in cells] == [not a for a in allowed]
+    strong = [i for i, (fill, _, opacity) in enumerate(cells) if fill and opacity == 1]
+    keys, wide = masks[tuple(at)].nonzero().flatten().tolist(), masks.shape[-1]
+    assert strong == [at[-1] * wide + key for key in keys]
+    chosen = figure.locator("g").evaluate_all("all => all.map(g => getComputedStyle(g.querySelector('rect')).stroke !== 'none')")
+    assert chosen == [i == at[-1] for i in range(masks.shape[-2])]
+    names = [words[i] for words, i in zip(steps, at)]
+    assert figure.locator("b").all_text_contents() == names
+    assert [i.get_attribute("aria-valuetext") for i in figure.locator("input").all()] == names
+    words = "no key" if not keys else "key" + "s" * (len(keys) > 1) + " " + ", ".join(map(str, keys))
+    assert figure.locator("output").inner_text() == f"query {at[-1]} may read {words}"
+
+
+@pytest.mark.parametrize("width, dark", [(1280, False), (390, True)], ids=["light", "dark-phone"])
+@pytest.mark.parametrize("page", MASK_PAGES)
+def test_mask_grid_follows_keyboard_and_mouse(visit, page, width, dark):
+    tab = visit(page, width, dark)
+    figures = tab.locator(".attn-mask").all()
+    assert figures
+    for figure in figures:
+        sliders, rows = figure.locator("input").all(), figure.locator("g").all()
+        masks, _ = masks_in(figure)
+        at = [int(slider.input_value()) for slider in sliders]
+        assert_shows(figure, at)
+        for axis, slider in enumerate(sliders):
+            slider.focus()
+            tab.keyboard.press("Home")
+            for at[axis] in range(masks.shape[axis]):
+                assert_shows(figure, at)
+                tab.keyboard.press("ArrowRight")
+            assert_shows(figure, at)                              # no further than the end
+            box = slider.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width
+            slider.click(position={"x": 2, "y": box["height"] / 2})
+            at[axis] = 0
+            assert_shows(figure, at)
+        for axis, slider in enumerate(sliders[:-1]):              # the last mask allows most
+            at[axis] = masks.shape[axis] - 1
+            slider.press("End")
+        for at[-1], row in reversed(list(enumerate(rows))):
+            box = row.bounding_box()
+            for part, place in ((row, None), (row.locator("text"), None), (row, {"x": box["width"] - 4, "y": 4})):
+                rows[at[-1] - 1].click()
+                part.click(position=place)
+                assert_shows(figure, at)
+    assert tab.problems == []
+
+
+def test_mask_grids_on_one_page_move_alone(visit):
+    """Twice the same figure, then one of the other kind, each with its script."""
+    from attn_nb.plot import mask_grid, slider_bars
+
+    masks = torch.stack([torch.zeros(3, 4), torch.ones(3, 4).tril(1)]).bool()
+    one = mask_grid(masks, sliders={"mask": ["none", "causal"]}, start=(1, 0), alt="a mask").html
+    bars = slider_bars(torch.rand(2, 3), steps="pq", bars="abc", alt="bars").html
+    tab = visit("nbs/bibliography.html", 390)
+    tab.set_content(one + bars + one)
+    first, second = tab.locator(".attn-mask").all()
+    first.locator("g").nth(2).click()
+    second.locator("input").first.press("ArrowLeft")
+    tab.locator(".attn-slider input").press("ArrowRight")
+    assert_shows(first, (1, 2))
+    assert_shows(second, (0, 0))
+    assert "q: largest" in tab.locator(".attn-slider output").inner_text()
+    assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 CONTRAST = """() => {
   const rgb = s => s.match(/[\\d.]+/g).map(Number);
   const lum = c => { const [r, g, b] = c.slice(0, 3).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
@@ -148,7 +232,8 @@ CONTRAST = """() => {
                         if (c.length < 4 || c[3] > .5) return c; e = e.parentElement; } return [255, 255, 255]; };
   const bad = [];
   for (const e of document.querySelectorAll('article p, article li, article td, article th, article pre, article summary, ' +
-                                            'article figcaption, article h1, article h2, article h3, .attn-slider text')) {
+                                            'article figcaption, article h1, article h2, article h3, .attn-slider text, ' +
+                                            '.attn-mask :is(text, b, output)')) {
     if (!e.textContent.trim() || !e.getClientRects().length) continue;
     const style = getComputedStyle(e), svg = e.namespaceURI.includes('svg');
     const a = lum(rgb(svg ? style.fill : style.color)), b = lum(behind(e));
@@ -167,12 +252,14 @@ def test_text_is_legible(visit, page, dark):
     assert tab.evaluate(CONTRAST) == []
 
 
-def test_dark_figures_have_no_light_card(visit):
-    tab = visit("nbs/01_single_head.html", dark=True)
-    cards = tab.evaluate("""[...document.querySelectorAll('article div.cell_output img, article .attn-slider')].filter(e => {
+@pytest.mark.parametrize("page", ["nbs/01_single_head.html", *MASK_PAGES])
+def test_dark_figures_have_no_light_card(visit, page):
+    tab = visit(page, dark=True)
+    shown = "article :is(div.cell_output img, .attn-slider, .attn-mask)"
+    cards = tab.evaluate("""shown => [...document.querySelectorAll(shown)].filter(e => {
         const c = getComputedStyle(e), n = c.backgroundColor.match(/[\\d.]+/g).map(Number);
         return c.filter !== 'none' || ((n.length < 4 || n[3] > 0) && n[0] + n[1] + n[2] > 300);
-    }).length""")
+    }).length""", shown)
     assert cards == 0
 
 

@@ -51,6 +51,7 @@ def test_links_become_citations_and_terms():
         "({cite:t}`vaswani2017`, equation 1)"
     assert markdown("a **[query](glossary.md#term-query)** and [keys](glossary.md#term-key)") == \
         "a **{term}`query <query>`** and {term}`keys <key>`"
+    assert markdown("the **[causal mask](glossary.md#term-causal-mask)**") == "the **{term}`causal mask <causal mask>`**"
     assert markdown("[site](https://example.org/x)") == "[site](https://example.org/x)"
     assert markdown("a\n[![Open In Colab](https://x/badge.svg)](https://y/z.ipynb)\nb") == "a\n\nb"
 

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 if __name__ == "__main__":
     sys.path[:0] = ["tests"]
     import conftest  # noqa: F401
-from attn_nb.plot import COLORS, GREY, plot_attention, slider_bars, use_book_style  # noqa: E402
+from attn_nb.plot import COLORS, GREY, mask_grid, plot_attention, slider_bars, use_book_style  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 MASK = torch.ones(3, 4).tril(1).bool()
@@ -40,7 +40,7 @@ def svg(ax):
 
 
 def drawings():
-    """One figure for each way to call the two functions."""
+    """One figure for each way to call the three functions."""
     use_book_style()
     torch.manual_seed(0)
     scores = torch.randn(3, 4)
@@ -62,6 +62,17 @@ def drawings():
                                      marks=[0, 4, 2], start=1)._repr_html_()
     yield "variants.html", slider_bars(torch.stack([big[:2, :3], 2 * big[:2, :3]]), steps="pq", bars="abc",
                                        variants=["x", "y&z"], slider="width", alt="bars")._repr_html_()
+    yield "mask.html", mask_grid(windows(2, 3, 2, 5), sliders={"offset": "01", "<window>": ["1", "2", "<none>"]},
+                                 start=(1, 2, 1), alt="a <mask>")._repr_html_()
+    yield "mask_plain.html", mask_grid(torch.ones(3, 2).tril(-1).bool(), alt="a mask")._repr_html_()
+    yield "mask_wide.html", mask_grid(torch.ones(1, 18).bool(), alt="a mask")._repr_html_()
+
+
+def windows(offsets, sizes, q_len, kv_len):
+    """(offsets, sizes, q_len, kv_len): query i reads the last 1, 2, ... keys up to i + offset; no limit in the end."""
+    offset, size = torch.arange(offsets)[:, None, None, None], torch.arange(1, sizes + 1)[:, None, None]
+    age = offset + torch.arange(q_len)[:, None] - torch.arange(kv_len)
+    return (age >= 0) & ((age < size) | (size == sizes))
 
 
 def test_figures_are_the_committed_ones():
@@ -234,6 +245,102 @@ def test_slider_refuses_wrong_shapes():
         slider_bars(torch.rand(3, 2), steps="ab", bars="abc", alt="x")
     with pytest.raises(ValueError, match=r"= \(2, 2, 3\), none 0, got \(2, 3\)"):
         slider_bars(torch.rand(2, 3), steps="ab", bars="abc", variants="xy", alt="x")
+
+
+def unpacked(html):
+    """The masks in a figure, and the names of each slider's positions."""
+    data = json.loads(re.search(r'application/json">(.*?)</script>', html)[1])
+    sizes = [len(words) for words in data["steps"]]
+    return torch.tensor([int(bit) for bit in data["bits"]]).bool().view(*sizes, -1), data["steps"]
+
+
+def test_mask_grid_carries_the_masks_in_ten_kilobytes():
+    masks, sizes = windows(7, 9, 4, 10), [*range(1, 9), "none"]
+    figure = mask_grid(masks, sliders={"offset": range(7), "window": sizes}, start=(3, 8, 1), alt="who reads whom")
+    html = figure._repr_html_()
+    read, steps = unpacked(html)
+    assert torch.equal(read, masks)
+    assert steps == [[str(i) for i in range(7)], [str(w) for w in sizes], ["0", "1", "2", "3"]]
+    assert len(html.encode()) < 10_000 and "http" not in html and "url(" not in html and " id=" not in html
+    assert repr(figure) == "[interactive figure] who reads whom" and 'aria-label="who reads whom"' in html
+    assert re.findall(r'<label>(\w+) <input type="range" min="0"\s+max="(\d)" step="1" value="(\d)"></label> <b>(\w+)</b>',
+                      html) == [("offset", "6", "3", "3"), ("window", "8", "8", "none"), ("query", "3", "1", "1")]
+
+
+@pytest.mark.parametrize("masks, sliders, start", [
+    (windows(2, 3, 4, 5), {"a": "01", "b": "012"}, (1, 2, 3)), (windows(2, 3, 4, 5), {"a": "01", "b": "012"}, None),
+    (windows(1, 3, 2, 7)[0], {"b": "012"}, [2, 1]), (MASK, None, (2,)), (MASK, {}, None),
+    (torch.zeros(1, 1).bool(), None, None), (torch.ones(24, 24).tril().bool(), None, (23,)),
+    (torch.ones(2, 1, 1).bool(), {"a": ["x", "y"]}, torch.tensor([1, 0])),
+])
+def test_mask_grid_draws_its_start_without_scripts(masks, sliders, start):
+    html = mask_grid(masks, sliders=sliders, start=start, alt="x")._repr_html_()
+    picture = re.sub(r"<script.*?</script>", "", html, flags=re.S)
+    at = tuple(int(i) for i in start) if start is not None else (0,) * (masks.dim() - 1)
+    mask = masks[at[:-1]]
+    rows = re.findall(r"<g.*?</g>", picture, flags=re.S)
+    assert [[cell == ' class="may"' for cell in re.findall("<path([^>]*?) d=", row)] for row in rows] == mask.tolist()
+    assert [i for i, row in enumerate(rows) if row.startswith('<g class="chosen">')] == [at[-1]]
+    keys = mask[at[-1]].nonzero().flatten().tolist()
+    words = "no key" if not keys else f"key {keys[0]}" if len(keys) == 1 else f"keys {', '.join(map(str, keys))}"
+    assert f'<output aria-live="polite">query {at[-1]} may read {words}</output>' in picture
+    assert ">key</text>" in picture and ">query</text>" in picture
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(1, 1), (1, 24), (24, 1), (24, 24), (4, 10), (9, 3), (17, 16)])
+def test_mask_grid_puts_keys_on_top_and_queries_down_the_side(q_len, kv_len):
+    html = mask_grid(torch.zeros(q_len, kv_len).bool(), alt="x")._repr_html_()
+    height = int(re.search(r'viewBox="0 0 400 (\d+)"', html)[1])
+    corners = [(int(x), int(y)) for x, y in re.findall(r'd="M(\d+) (\d+)h', html)]
+    side = int(re.search(r'd="M\d+ \d+h(\d+)', html)[1])
+    assert len(set(corners)) == q_len * kv_len and side >= 8
+    grid = [corners[i * kv_len:(i + 1) * kv_len] for i in range(q_len)]
+    assert all(len({y for _, y in row}) == 1 for row in grid) and all(len({x for x, _ in col}) == 1 for col in zip(*grid))
+    assert all(b[0] - a[0] == side + 4 for a, b in zip(grid[0], grid[0][1:]))
+    assert all(b[0][1] - a[0][1] == side + 4 for a, b in zip(grid, grid[1:]))
+    assert corners[-1][0] + side + 2 < 400 and corners[-1][1] + side + 2 < height
+    labels = {(int(x), int(y)): int(word) for x, y, word in re.findall(r'<text x="(\d+)" y="(\d+)">(\d+)</text>', html)}
+    for (x, y), word in labels.items():
+        corner = grid[word][0] if x < grid[0][0][0] else grid[0][word]
+        assert abs(y - corner[1] - side / 2) < 6 if x < grid[0][0][0] else x == corner[0] + side / 2 and y < corner[1]
+    assert len(labels) == q_len + (kv_len if side >= 16 else -(-kv_len // 2))
+
+
+def test_mask_grid_cannot_be_broken_by_names():
+    html = mask_grid(torch.ones(1, 1, 1).bool(), sliders={"</label><u>": ["</script><i>"]}, alt='" onload="x')._repr_html_()
+    assert "<u>" not in html and "<i>" not in html and 'onload="x' not in html
+    assert unpacked(html)[1] == [["</script><i>"], ["0"]]
+
+
+@pytest.mark.parametrize("changes, error, words", [
+    ({"masks": torch.ones(2, 3, 4)}, TypeError, "masks must be a bool tensor, True = may attend, got torch.float32"),
+    ({"masks": [[True]]}, TypeError, "masks must be a bool tensor, True = may attend, got list"),
+    ({"sliders": ["a"]}, TypeError, "sliders must map each name to its positions, got list"),
+    ({"sliders": []}, TypeError, "sliders must map each name to its positions, got list"),
+    ({"masks": torch.ones(4).bool()}, ValueError, r"masks must be \(2, Tq, Tk\), one leading axis .* got \(4,\)"),
+    ({"masks": torch.ones(4).bool(), "sliders": {}}, ValueError, r"masks must be \(Tq, Tk\), .*slider, got \(4,\)"),
+    ({"masks": torch.ones(3, 4).bool()}, ValueError, r"masks must be \(2, Tq, Tk\), .* got \(3, 4\)"),
+    ({"masks": torch.ones(2, 2, 3, 4).bool()}, ValueError, r"masks must be \(2, Tq, Tk\), .* got \(2, 2, 3, 4\)"),
+    ({"sliders": {"a": "123"}}, ValueError, r"masks must be \(3, Tq, Tk\), .* got \(2, 3, 4\)"),
+    ({"sliders": None}, ValueError, r"masks must be \(Tq, Tk\), .* got \(2, 3, 4\)"),
+    ({"sliders": {"a": "12", "b": "12"}}, ValueError, r"masks must be \(2, 2, Tq, Tk\), .* got \(2, 3, 4\)"),
+    ({"masks": torch.ones(2, 0, 4).bool()}, ValueError, r"1 to 24 queries and keys and no axis of 0, got \(2, 0, 4\)"),
+    ({"masks": torch.ones(2, 3, 0).bool()}, ValueError, r"1 to 24 queries and keys and no axis of 0, got \(2, 3, 0\)"),
+    ({"masks": torch.ones(0, 3, 4).bool(), "sliders": {"a": []}}, ValueError, r"no axis of 0, got \(0, 3, 4\)"),
+    ({"masks": torch.ones(2, 25, 4).bool()}, ValueError, r"1 to 24 queries and keys and no axis of 0, got \(2, 25, 4\)"),
+    ({"masks": torch.ones(2, 3, 25).bool()}, ValueError, r"1 to 24 queries and keys and no axis of 0, got \(2, 3, 25\)"),
+    ({"start": [1]}, ValueError, r"start must be a position .* the query, below \[2, 3\], got \[1\]"),
+    ({"start": [1, 1, 1]}, ValueError, r"below \[2, 3\], got \[1, 1, 1\]"),
+    ({"start": (2, 0)}, ValueError, r"below \[2, 3\], got \[2, 0\]"),
+    ({"start": (0, 3)}, ValueError, r"below \[2, 3\], got \[0, 3\]"),
+    ({"start": (-1, 0)}, ValueError, r"below \[2, 3\], got \[-1, 0\]"),
+    ({"start": (0, 1.5)}, ValueError, r"below \[2, 3\], got \[0, 1.5\]"),
+])
+def test_mask_grid_refuses_what_it_cannot_draw(changes, error, words):
+    good = {"masks": torch.ones(2, 3, 4).bool(), "sliders": {"a": "12"}, "alt": "x"}
+    mask_grid(**good, start=(1, 2))
+    with pytest.raises(error, match=words):
+        mask_grid(**{**good, **changes})
 
 
 if __name__ == "__main__":

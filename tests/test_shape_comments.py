@@ -1,10 +1,13 @@
 """Shape comments of exported code are checked while the suite runs (conftest.py); here: that this works."""
+import ast
 from pathlib import Path
 
 import pytest
 import shape_comments
 import torch
 
+from attn_nb.causal import causal_mask, mask_from_mha, padding_mask
+from attn_nb.dropout import CausalAttention
 from attn_nb.plot import plot_attention, slider_bars
 from attn_nb.single_head import SelfAttention, attention
 
@@ -66,9 +69,17 @@ def test_every_shape_comment_of_the_package_has_run():
     attention(query, key, value, torch.ones(4, 6).bool())
     attention(query, key, value, torch.ones(4, 6))
     SelfAttention(8, 3)(query)
+    SelfAttention(8, 3)(query, return_weights=True)
     plot_attention(torch.eye(3))
     plot_attention(torch.eye(3), attn_mask=torch.eye(3).bool())
     slider_bars(torch.eye(3), steps="abc", bars="abc", alt="three bars")
+    causal_mask(4, 6, offset=torch.tensor([0, 2]))
+    real = padding_mask(torch.tensor([4, 3]))
+    mask_from_mha(torch.ones(6, 4, 4).bool(), torch.zeros(2, 4).bool(), num_heads=3)
+    layer = CausalAttention(8, 3, context_length=4, dropout=0.5)
+    for mask in (None, real, torch.randn(4, 4)):
+        for weights_too in (False, True):
+            layer(query, attn_mask=mask, return_weights=weights_too)
     for path in MODULES:
         wanted = {(path.name, line) for line in shape_comments.comments(path.read_text(), path.name)}
         assert wanted <= shape_comments.SEEN, f"never executed: {sorted(wanted - shape_comments.SEEN)}"
@@ -79,7 +90,10 @@ def test_lines_that_change_a_shape_say_so():
     words = (" @ ", ".mT", ".view(", ".reshape(", ".transpose(", ".softmax(", "scaled_dot_product_attention(")
     for path in MODULES:
         source = path.read_text()
-        commented = shape_comments.comments(source, path.name)
+        commented = set(shape_comments.comments(source, path.name))
+        for node in ast.walk(ast.parse(source)):         # a statement of several lines ends in its comment
+            if isinstance(node, (ast.Assign, ast.Return)) and node.end_lineno in commented:
+                commented |= {*range(node.lineno, node.end_lineno)}
         inside = False
         for number, line in enumerate(source.splitlines(), 1):
             inside ^= line.count('"""') % 2

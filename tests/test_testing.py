@@ -10,6 +10,7 @@ from attn_nb.testing import (
     _rewrite_future,
     assert_as_precise,
     assert_causal,
+    assert_eval_deterministic,
     assert_parity,
     assert_permutation_equivariant,
     assert_rows_sum_to_one,
@@ -495,3 +496,85 @@ def test_precision_rule():
     assert_as_precise(lambda x: x + 5e-6, lambda x: x, same, dtype=torch.float32)
     with pytest.raises(AssertionError, match="more than twice"):
         assert_as_precise(lambda x: x + 3e-5, lambda x: x, same, dtype=torch.float32)
+
+
+# --- dropout
+
+class Drop(nn.Module):
+    """`rate(module)` is the probability of dropping; a parameter, so that the result needs no gradient by itself."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate, self.calls, self.inner = rate, 0, nn.Dropout(0.5)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.scale * F.dropout(x, self.rate(self))
+
+
+def test_dropout_in_training_only_passes():
+    x = torch.randn(4, 8)
+    for good in (nn.Dropout(0.5), nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.05)),
+                 Drop(lambda m: 0.5 if m.training else 0.0)):
+        assert_eval_deterministic(good, x)
+    two = Drop(lambda m: 0.5 if m.training else 0.0)
+    two.forward = lambda x, y: F.dropout(x + y, 0.5, two.training)
+    assert_eval_deterministic(two, x, torch.ones(8))
+
+
+@pytest.mark.parametrize("rate, words", [
+    (lambda m: 0.5, "eval is deterministic: two passes differ by .*, first time in eval"),
+    (lambda m: 0.5 * (m.training or m.calls > 2), "eval is deterministic: two passes differ by .*, second time in eval"),
+    (lambda m: 0.0, "training drops: 16 passes were equal, first time in train"),
+    (lambda m: 0.0 if m.training else 0.5, "eval is deterministic"),
+    (lambda m: 0.5 if m.training and m.calls <= 5 else 0.0, "training drops: 16 passes were equal, second time in train"),
+])
+def test_each_fault_of_dropout_is_named(rate, words):
+    with pytest.raises(AssertionError, match=words):
+        assert_eval_deterministic(Drop(rate), torch.randn(4, 8))
+
+
+def test_a_seed_must_repeat_a_pass():
+    class Own(nn.Module):
+        """Draws from a generator that no seed reaches."""
+
+        def forward(self, x):
+            keep = torch.rand(x.shape, generator=generator) > 0.5
+            return x * keep if self.training else x
+
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(AssertionError, match="a seed repeats: the same seed gave two outputs in training"):
+        assert_eval_deterministic(Own(), torch.randn(4, 8))
+
+
+def test_rare_dropout_is_found_and_rare_noise_in_eval_is_not_asked_for():
+    """One element in twenty of a single number: 16 passes find it often enough with this seed."""
+    assert_eval_deterministic(nn.Dropout(0.3), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("modes", [(True, True), (False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("fault", [False, True])
+def test_modes_and_random_state_are_restored(modes, fault):
+    module = Drop(lambda m: 0.5 if m.training or fault else 0.0)
+    module.training, module.inner.training = modes
+    before, x = torch.random.get_rng_state(), torch.randn(4, 8)
+    state, x_before = torch.random.get_rng_state(), x.clone()
+    assert not torch.equal(before, state)
+    if fault:
+        with pytest.raises(AssertionError):
+            assert_eval_deterministic(module, x)
+    else:
+        assert_eval_deterministic(module, x)
+    assert (module.training, module.inner.training) == modes and torch.equal(x, x_before)
+    assert torch.equal(torch.random.get_rng_state(), state) and module.scale.grad is None
+
+
+def test_equal_infinities_are_quiet_and_no_module_is_refused():
+    x = torch.tensor([[torch.inf, torch.nan, 1.0, 2.0]])
+    assert_eval_deterministic(nn.Dropout(0.5), x)
+    for bad in (lambda x: x, None, torch.ones(2)):
+        with pytest.raises(TypeError, match="module must be an nn.Module, got"):
+            assert_eval_deterministic(bad, x)
+    with pytest.raises(TypeError, match="fn must return a tensor"):
+        assert_eval_deterministic(nn.LSTM(4, 4), x)

@@ -22,6 +22,7 @@ from pathlib import Path
 import nbformat
 
 PACKAGE, BIBLIOGRAPHY, PINS = Path("attn_nb"), Path("nbs/references.bib"), Path("constraints.txt")
+GLOSSARY = Path("nbs/glossary.md")
 LINE = re.compile(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 TITLE = re.compile(r"#\s*@title\s+(.*)\n?")
 BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")
@@ -54,11 +55,17 @@ def papers():
     return found
 
 
+@cache
+def terms():
+    """Anchor of a glossary term, causal-mask -> the term, causal mask."""
+    lines = re.findall(r"^([a-zA-Z][a-zA-Z -]*)$", GLOSSARY.read_text(), re.M)
+    return {line.lower().replace(" ", "-"): line for line in lines}
+
+
 def markdown(text):
     """Ordinary links -> citations and glossary terms; no badge."""
     text = BADGE.sub("", text)
-    text = re.sub(r"\*\*" + TERM.pattern + r"\*\*", r"**{term}`\1 <\2>`**", text)
-    text = TERM.sub(r"{term}`\1 <\2>`", text)
+    text = TERM.sub(lambda m: f"{{term}}`{m[1]} <{terms().get(m[2], m[2])}>`", text)
     return LINK.sub(lambda m: f"{{cite:t}}`{papers()[m[2]]}`" if m[2] in papers() else m[0], text)
 
 
