@@ -329,19 +329,19 @@ def _bar_shapes(row: Sequence[float], bars: Sequence[str], top: float,
 # %% ../nbs/90_plot.ipynb #mask-style
 _MASK_STYLE = f"""
 .attn-mask {{max-width: 36em; color: inherit}}
-.attn-mask text {{font: 12px sans-serif; fill: currentColor;
+.attn-mask text {{font: 13px sans-serif; fill: currentColor;
   text-anchor: middle}}
 .attn-mask g {{cursor: pointer}}
 .attn-mask rect {{fill: {GREY}; fill-opacity: 0; stroke-width: 2}}
-.attn-mask g:hover rect {{fill-opacity: .15}}
+@media (hover: hover) {{.attn-mask g:hover rect {{fill-opacity: .15}}}}
 .attn-mask .chosen rect {{stroke: {COLORS[1]}}}
 .attn-mask path {{fill: none; stroke: {GREY}}}
-.attn-mask .may {{fill: {COLORS[0]}; fill-opacity: .5; stroke: none}}
+.attn-mask .may {{fill: {COLORS[0]}; fill-opacity: .7; stroke: none}}
 .attn-mask .chosen .may {{fill-opacity: 1}}
 .attn-mask div {{display: grid; gap: .2em .6em; align-items: center;
   grid-template-columns: max-content minmax(6em, 11em) 1fr}}
 .attn-mask label {{display: contents}}
-.attn-mask input {{width: 100%}}
+.attn-mask input {{width: 100%; min-height: 24px}}
 .attn-mask output {{grid-column: 1 / -1}}
 """
 

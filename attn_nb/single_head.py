@@ -80,9 +80,10 @@ def _check_mask(attn_mask: Tensor, want: tuple[int, ...],
     """Raise unless the mask has a known meaning and broadcasts to ``want``."""
     if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in (
             torch.bool, *_DTYPES):
-        raise TypeError(
-            "attn_mask must be bool (True = may attend) or float (added to "
-            f"scores), got {getattr(attn_mask, 'dtype', type(attn_mask))}")
+        got = type(attn_mask).__name__
+        got = attn_mask.dtype if isinstance(attn_mask, Tensor) else got
+        raise TypeError("attn_mask must be bool (True = may attend) or "
+                        f"float (added to scores), got {got}")
     if attn_mask.device != device:
         raise TypeError(f"attn_mask must be on {device} like query, "
                         f"got {attn_mask.device}")
@@ -130,12 +131,27 @@ def attention(query: Tensor, key: Tensor, value: Tensor,
                                     scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    device_type = "cpu" if query.is_meta else query.device.type
+    with torch.autocast(device_type, enabled=False):
         scores = query.to(wide) @ key.to(wide).mT * scale    # (..., Tq, Tk)
         weights = _masked_softmax(scores.expand(shape), attn_mask)
         kept = F.dropout(weights, dropout_p).to(wide)    # (..., Tq, Tk)
         context = kept @ value.to(wide)                  # (..., Tq, Dv)
     return context.to(query.dtype), weights.to(query.dtype)
+
+# %% ../nbs/01_single_head.ipynb #check-tokens
+def _check_tokens(x: Tensor, weight: Tensor) -> None:
+    """Raise unless x is (..., T, d_in) and of the dtype of the weights."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError("x must be a floating-point tensor, got "
+                        f"{getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be (..., T, d_in={weight.shape[1]}), "
+                         f"got shape {tuple(x.shape)}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(
+            x.device.type):
+        raise TypeError(f"x must be {weight.dtype} like the weights, "
+                        f"got {x.dtype}")
 
 # %% ../nbs/01_single_head.ipynb #self-attention
 class SelfAttention(nn.Module):
@@ -158,20 +174,14 @@ class SelfAttention(nn.Module):
         super().__init__()
         if not all(isinstance(d, int) and d > 0 for d in (d_in, d_out)):
             raise ValueError("d_in and d_out must be integers, at least 1, "
-                             f"got d_in={d_in}, d_out={d_out}")
+                             f"got d_in={d_in!r}, d_out={d_out!r}")
         self.q_proj = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.k_proj = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.v_proj = nn.Linear(d_in, d_out, bias=qkv_bias)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x, with an axis for the one head."""
-        d_in = self.q_proj.in_features
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError("x must be a floating-point tensor, got "
-                            f"{getattr(x, 'dtype', type(x).__name__)}")
-        if x.dim() < 2 or x.shape[-1] != d_in:
-            raise ValueError(f"x must be (..., T, d_in={d_in}), "
-                             f"got shape {tuple(x.shape)}")
+        _check_tokens(x, self.q_proj.weight)
         tokens = x[None].flatten(0, -3)[:, None]             # (B, 1, T, D)
         return self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens)
 
@@ -186,7 +196,7 @@ class SelfAttention(nn.Module):
         Returns:
             (..., T, d_out), or a pair of it and the weights (..., T, T).
         Raises:
-            TypeError: x is not a floating-point tensor.
+            TypeError: x is not floating point, or not of the weights' dtype.
             ValueError: x is not (..., T, d_in).
         """
         q, k, v = self._project(x)
