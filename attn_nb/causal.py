@@ -145,6 +145,37 @@ def bias_to_mask(attn_bias: Tensor) -> Tensor:
                         f"float64 tensor, got {got}")
     return _bias_to_mask("attn_bias", attn_bias)
 
+# %% ../nbs/02_causal.ipynb #check-values
+def _check_values(name: str, x: Tensor, low: int, high: int) -> None:
+    """Raise unless all of x is in low .. high; not while compiling."""
+    bad = (x < low) | (x > high)
+    if _has_values(x) and bad.any():
+        raise ValueError(f"{name} must be in {low} .. {high}, "
+                         f"got {x[bad][0].item()}")
+
+
+def _check_padding(given: Tensor, kv_len: int | None) -> None:
+    """Raise unless given is lengths or an attention mask that fits kv_len."""
+    name = "lengths_or_attention_mask"
+    is_mask = isinstance(given, Tensor) and given.dim() == 2
+    if not (_is_integer(given) or is_mask and given.dtype == torch.bool):
+        got = type(given).__name__
+        if isinstance(given, Tensor):
+            got = f"{given.dtype} {tuple(given.shape)}"
+        raise TypeError(f"{name} must be integer lengths (B,) or a bool or "
+                        f"integer attention mask (B, Tk), got {got}")
+    if given.dim() not in (1, 2):
+        raise ValueError(f"{name} must be (B,) or (B, Tk), "
+                         f"got shape {tuple(given.shape)}")
+    if kv_len is not None:
+        _check_length("kv_len", kv_len)
+        if is_mask and kv_len != given.shape[1]:
+            raise ValueError("kv_len must be the width of the attention "
+                             f"mask, {given.shape[1]}, got {kv_len}")
+    elif not is_mask and not _has_values(given):
+        raise ValueError("kv_len must be given with lengths that cannot be "
+                         "looked at (compiling, or on meta), got None")
+
 # %% ../nbs/02_causal.ipynb #padding-mask
 def padding_mask(lengths_or_attention_mask: Tensor,
                  kv_len: int | None = None) -> Tensor:
@@ -169,42 +200,17 @@ def padding_mask(lengths_or_attention_mask: Tensor,
     See: chapter 02.
     """
     given = lengths_or_attention_mask
-    is_bool = isinstance(given, Tensor) and given.dtype == torch.bool
-    if not (_is_integer(given) or is_bool and given.dim() == 2):
-        raise TypeError(
-            "lengths_or_attention_mask must be integer lengths (B,) or a "
-            "bool or integer attention mask (B, Tk), got "
-            + (f"{given.dtype} {tuple(given.shape)}"
-               if isinstance(given, Tensor) else type(given).__name__))
-    if given.dim() not in (1, 2):
-        raise ValueError("lengths_or_attention_mask must be (B,) or "
-                         f"(B, Tk), got shape {tuple(given.shape)}")
-    if kv_len is not None:
-        _check_length("kv_len", kv_len)
+    _check_padding(given, kv_len)
     given = given.long()
     if given.dim() == 1:
-        if kv_len is None and not _has_values(given):
-            raise ValueError("kv_len must be given with lengths that cannot "
-                             "be looked at (compiling, or on meta), got None")
         kv_len = max(given.tolist(), default=0) if kv_len is None else kv_len
         _check_values("lengths", given, 0, kv_len)
         keys = torch.arange(kv_len, device=given.device)     # (Tk,)
         real = keys < given[:, None]                         # (B, Tk)
     else:
-        if kv_len is not None and kv_len != given.shape[1]:
-            raise ValueError("kv_len must be the width of the attention "
-                             f"mask, {given.shape[1]}, got {kv_len}")
         _check_values("an attention mask", given, 0, 1)
         real = given == 1
     return real[:, None, None]                           # (B, 1, 1, Tk)
-
-# %% ../nbs/02_causal.ipynb #check-values
-def _check_values(name: str, x: Tensor, low: int, high: int) -> None:
-    """Raise unless all of x is in low .. high; not while compiling."""
-    bad = (x < low) | (x > high)
-    if _has_values(x) and bad.any():
-        raise ValueError(f"{name} must be in {low} .. {high}, "
-                         f"got {x[bad][0].item()}")
 
 # %% ../nbs/02_causal.ipynb #and-causal
 def _and_causal(attn_mask: Tensor | None, causal: Tensor) -> Tensor:

@@ -43,6 +43,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "browser: needs Chromium")
 
 
+def pytest_collection_modifyitems(items):
+    """With a bug planted the quick tests go first: most bugs die in a moment."""
+    if planted.MUTANT or os.environ.get("ATTN_NB_PLANT"):
+        items.sort(key=lambda item: hasattr(getattr(item, "obj", None), "hypothesis"))
+
+
 def pytest_sessionfinish(session, exitstatus):
     """In CI a skipped test is a failure: nothing may go unchecked in silence."""
     skipped = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
