@@ -78,7 +78,8 @@ def killed(module, source):
         import pytest
 
         planted.MUTANT = (module, source)
-        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no", "-o", "addopts="]
+        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:anyio", "--assert=plain",
+                   "--tb=no", "-o", "addopts="]
         with contextlib.suppress(BaseException):
             os._exit(int(pytest.main([f"tests/test_{module}.py", *options])))
         os._exit(99)
