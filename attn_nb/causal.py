@@ -232,8 +232,7 @@ def _shift_bias(attn_bias: Tensor, dtype: torch.dtype) -> Tensor:
         return attn_bias.to(dtype)
     wide = torch.promote_types(attn_bias.dtype, dtype)
     bias, blocked = attn_bias.to(wide), attn_bias == -torch.inf
-    top = bias.detach().amax(-1, keepdim=True)               # (..., Tq, 1)
-    bias = bias - top.masked_fill(top == -torch.inf, 0.0)    # (..., Tq, Tk)
+    bias = bias - bias.detach().amax(-1, keepdim=True)       # (..., Tq, Tk)
     lowest = torch.finfo(dtype).min
     return bias.clamp(min=lowest).masked_fill(blocked, -torch.inf).to(dtype)
 

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from attn_nb.causal import (
     CausalSelfAttention,
     _attend,
+    _shift_bias,
     bias_to_mask,
     causal_mask,
     mask_from_mha,
@@ -262,6 +263,9 @@ def test_mask_from_mha_means_the_same(data, batch, heads, q_len, kv_len):
 
 
 def test_mask_from_mha_without_a_batch():
+    both = mask_from_mha(torch.tensor([[False, True], [False, False]]), torch.tensor([False, True]))
+    assert both.tolist() == [[[True, False], [True, False]]]
+    assert torch.equal(causal_mask(q_len=2, kv_len=3), causal_mask(2, 3))
     assert torch.equal(mask_from_mha(key_padding_mask=torch.tensor([False, True])), torch.tensor([[[True, False]]]))
     pads = torch.tensor([[False, True], [False, False]])
     assert torch.equal(mask_from_mha(key_padding_mask=pads), ~pads[:, None, None])
@@ -318,10 +322,13 @@ def test_mask_from_mha_refuses(arguments, error, words):
     (lambda: padding_mask(torch.tensor([3.0, 2.0])), TypeError, r"lengths_or_attention_mask .* torch.float32 \(2,\)"),
     (lambda: padding_mask(torch.tensor([True, False])), TypeError, r"lengths_or_attention_mask .* torch.bool \(2,\)"),
     (lambda: padding_mask(torch.tensor([[1 + 1j]])), TypeError, "lengths_or_attention_mask .* torch.complex64"),
+    (lambda: causal_mask(2, 2, 1), TypeError, "takes from 1 to 2 positional arguments"),
+    (lambda: padding_mask(torch.ones(1, 1, 2).bool()), TypeError, r"lengths_or_attention_mask .* torch.bool \(1, 1, 2\)"),
     (lambda: padding_mask(torch.tensor(3)), ValueError, r"must be \(B,\) or \(B, Tk\), got shape \(\)"),
     (lambda: padding_mask(torch.ones(1, 1, 2).long()), ValueError, r"must be \(B,\) or \(B, Tk\), got shape \(1, 1, 2\)"),
     (lambda: padding_mask(torch.tensor([2, -1])), ValueError, "lengths must be in 0 .. 2, got -1"),
     (lambda: padding_mask(torch.tensor([2, 5]), 4), ValueError, "lengths must be in 0 .. 4, got 5"),
+    (lambda: padding_mask(torch.tensor([2, 5, 7]), 4), ValueError, "lengths must be in 0 .. 4, got 5"),
     (lambda: padding_mask(torch.tensor([2, 5]), -4), ValueError, "kv_len must be at least 0, got -4"),
     (lambda: padding_mask(torch.tensor([2, 5]), 5.0), TypeError, "kv_len must be an int, got 5.0"),
     (lambda: padding_mask(torch.tensor([[1, 2]])), ValueError, "an attention mask must be in 0 .. 1, got 2"),
@@ -333,6 +340,7 @@ def test_mask_from_mha_refuses(arguments, error, words):
     (lambda: bias_to_mask(causal_mask(2)), TypeError, "attn_bias must be a float16.* got torch.bool"),
     (lambda: bias_to_mask(None), TypeError, "attn_bias must be a float16.* got NoneType"),
     (lambda: bias_to_mask(torch.tensor([0.0, -1e4])), ValueError, r"attn_bias must hold only 0 and -inf .* got -1e\+04"),
+    (lambda: bias_to_mask(torch.tensor([0.0, -2.0, -3.0])), ValueError, "attn_bias must hold only 0 and -inf .* got -2"),
     (lambda: bias_to_mask(torch.tensor([0.0, torch.inf])), ValueError, "attn_bias must hold only .* got inf"),
     (lambda: bias_to_mask(torch.tensor([0.0, torch.nan])), ValueError, "attn_bias must hold only .* got nan"),
 ])
@@ -541,6 +549,20 @@ def test_both_roads_agree_on_any_float_mask(number, mask_dtype, autocast):
         assert_close(grads[0], grads[1], rtol=20 * size, atol=20 * size * (1 + grads[1].abs().amax().item()))
 
 
+def test_shift_bias():
+    """The largest number of a row becomes 0; -inf stays, an empty row too; nothing overflows."""
+    bias = torch.tensor([[-1e300, -1e300, -torch.inf], [3.0, 1.0, -2.0], [-torch.inf] * 3, [1e300, 0.0, -1e300]],
+                        dtype=torch.float64)
+    lowest = torch.finfo(torch.float32).min
+    want = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, -2.0, -5.0], [-torch.inf] * 3, [0.0, lowest, lowest]])
+    assert torch.equal(_shift_bias(bias, torch.float32), want)
+    assert _shift_bias(bias.half(), torch.float32).dtype == torch.float32
+    for shape in ((2, 0), (0, 2), (0, 0)):
+        assert _shift_bias(torch.zeros(shape), torch.float64).shape == shape
+        assert _shift_bias(torch.zeros(shape), torch.float64).dtype == torch.float64
+    assert _shift_bias(torch.tensor([[-7.0], [-torch.inf]]), torch.float32).tolist() == [[0.0], [-torch.inf]]
+
+
 def test_a_shift_of_a_row_changes_nothing():
     layer, x = layer_and_x()
     bias = torch.randn(5, 5).double()
@@ -563,7 +585,8 @@ def test_a_shift_of_a_row_changes_nothing():
 def test_the_road_without_causality(mask, return_weights):
     """For chapters to come: cross-attention, with masks of any rank."""
     query, key, value = torch.randn(2, 1, 2, 4), torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 5)
-    got, weights = _attend(query, key, value, mask, is_causal=False, dropout_p=0.0, return_weights=return_weights)
+    got, weights = _attend(query=query, key=key, value=value, attn_mask=mask, is_causal=False, dropout_p=0.0,
+                           return_weights=return_weights)
     want, want_weights = attention(query, key, value, mask)
     assert_close(got, want)
     assert weights is None if not return_weights else torch.allclose(weights, want_weights, atol=1e-6)
