@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import multihead_of
 from torch import nn
 from torch.testing import assert_close
 
@@ -457,13 +458,7 @@ def test_a_padded_batch_is_each_text_alone():
 
 def test_equals_multihead_attention_with_its_own_masks():
     mine = CausalSelfAttention(8, 8, qkv_bias=True).double()
-    theirs = nn.MultiheadAttention(8, 1, batch_first=True).double()
-    projections = (mine.q_proj, mine.k_proj, mine.v_proj)
-    with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
-        theirs.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
-        theirs.out_proj.weight.copy_(torch.eye(8))
-        theirs.out_proj.bias.zero_()
+    theirs = multihead_of(mine)
     drop, pad = torch.ones(5, 5).bool().triu(1), torch.arange(5) >= torch.tensor([5, 3])[:, None]
     x = 3 * torch.randn(2, 5, 8)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import multihead_of
 from torch import nn
 from torch.testing import assert_close
 
@@ -119,13 +120,7 @@ def test_the_chain_eval_is_chapter_two(name, bias):
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
 def test_equals_multihead_attention_draw_by_draw(p):
     mine = CausalAttention(8, 8, 5, p, qkv_bias=True).double()
-    theirs = nn.MultiheadAttention(8, 1, dropout=p, batch_first=True).double()
-    projections = (mine.q_proj, mine.k_proj, mine.v_proj)
-    with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
-        theirs.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
-        theirs.out_proj.weight.copy_(torch.eye(8))
-        theirs.out_proj.bias.zero_()
+    theirs = multihead_of(mine, p)
 
     def seeded(fn):
         def run(x):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import multihead_of
 from torch import nn
 from torch.testing import assert_close
 
@@ -316,14 +317,10 @@ def test_both_roads_are_one_function(bias):
 
 def test_equals_multihead_attention_with_one_head():
     mine = SelfAttention(8, 8, qkv_bias=True).double()
-    theirs = nn.MultiheadAttention(8, 1, batch_first=True).double()
     with torch.no_grad():
         for p in mine.parameters():
             p.copy_(torch.randn_like(p))
-        theirs.in_proj_weight.copy_(torch.cat([mine.q_proj.weight, mine.k_proj.weight, mine.v_proj.weight]))
-        theirs.in_proj_bias.copy_(torch.cat([mine.q_proj.bias, mine.k_proj.bias, mine.v_proj.bias]))
-        theirs.out_proj.weight.copy_(torch.eye(8))
-        theirs.out_proj.bias.zero_()
+    theirs = multihead_of(mine)
     x = torch.randn(2, 5, 8)
     assert_parity(mine, lambda x: theirs(x, x, x)[0], x)
     assert_parity(lambda x: mine(x, return_weights=True)[1], lambda x: theirs(x, x, x)[1], x)
