@@ -206,6 +206,7 @@ def test_wrong_sizes_are_refused(arguments, error, words):
 @pytest.mark.parametrize("x, error, words", [
     (None, TypeError, "x must be a floating-point tensor, got NoneType"),
     (torch.zeros(2, 5, 6).long(), TypeError, "x must be a floating-point tensor, got torch.int64"),
+    (torch.zeros(()), ValueError, r"x must be \(..., T, d_in=6\), got shape \(\)"),
     (torch.zeros(6), ValueError, r"x must be \(..., T, d_in=6\), got shape \(6,\)"),
     (torch.zeros(2, 5, 7), ValueError, r"x must be \(..., T, d_in=6\), got shape \(2, 5, 7\)"),
     (torch.zeros(2, 9, 6), ValueError, "at most context_length=8 tokens, got 9"),
