@@ -65,8 +65,8 @@ def causal_mask(q_len: int, kv_len: int | None = None, *,
         ``attention`` returns 0.
     Raises:
         TypeError: a length or the offset is not an integer.
-        ValueError: a length is negative, or offset is a tensor but not
-            (B,).
+        ValueError: a length is negative, offset does not fit in 64 bits,
+            or it is a tensor but not (B,).
     Source: Vaswani et al. 2017, section 3.2.3. See: chapter 02.
     """
     kv_len = q_len if kv_len is None else kv_len
@@ -187,28 +187,32 @@ def padding_mask(lengths_or_attention_mask: Tensor,
             (B, Tk), bool or integer, 1 = real token, 0 = pad, with the pads
             anywhere (Hugging Face's ``attention_mask``).
         kv_len: number of keys (tokens); default the longest length, or the
-            width of the attention mask.
+            width of the attention mask. Give it with lengths if there may
+            be more keys: one column alone would broadcast over all.
     Returns:
         bool (B, 1, 1, Tk), True = may attend. Combine with ``&``.
     Raises:
-        TypeError: neither integers nor an attention mask of booleans.
+        TypeError: neither integers nor an attention mask of booleans, or
+            kv_len is no int.
         ValueError: wrong number of axes; a length is negative or beyond
             kv_len; an attention mask holds another number than 0 and 1, or
-            is not kv_len wide. Values are looked at on the host, and not
-            under torch.compile or torch.export, where lengths need kv_len.
+            is not kv_len wide. Values of integers are looked at on the
+            host, which waits for a GPU; not under torch.compile or
+            torch.export, where lengths need kv_len.
     Source: the input conventions of Hugging Face transformers.
     See: chapter 02.
     """
     given = lengths_or_attention_mask
     _check_padding(given, kv_len)
-    given = given.long()
+    is_bool, given = given.dtype == torch.bool, given.long()
     if given.dim() == 1:
         kv_len = max(given.tolist(), default=0) if kv_len is None else kv_len
         _check_values("lengths", given, 0, kv_len)
         keys = torch.arange(kv_len, device=given.device)     # (Tk,)
         real = keys < given[:, None]                         # (B, Tk)
     else:
-        _check_values("an attention mask", given, 0, 1)
+        if not is_bool:
+            _check_values("an attention mask", given, 0, 1)
         real = given == 1
     return real[:, None, None]                           # (B, 1, 1, Tk)
 
@@ -259,30 +263,35 @@ def _attend(query: Tensor, key: Tensor, value: Tensor,
     q_len, kv_len = query.shape[-2], key.shape[-2]
     if attn_mask is not None:
         _check_mask(attn_mask, (*query.shape[:-1], kv_len), query.device)
-        attn_mask = torch.atleast_2d(attn_mask)
+        # all axes, since the fused kernel takes 2 or 4
+        attn_mask = attn_mask[(None,) * (query.dim() - attn_mask.dim())]
+    elif q_len == 1:
+        is_causal = False        # one query, the last: every key is past
     if is_causal and (attn_mask is not None or return_weights
                       or q_len != kv_len):
         causal = causal_mask(q_len, kv_len, device=query.device)
         attn_mask, is_causal = _and_causal(attn_mask, causal), False
+    readable = return_weights or dropout_p == 1      # kernels want p < 1
+    if attn_mask is None and readable:
+        out, weights = attention(query, key, value, None, dropout_p)
+        return out, weights if return_weights else None
     if attn_mask is None:
-        if return_weights:
-            return attention(query, key, value, None, dropout_p)
         out = F.scaled_dot_product_attention(
             query, key, value, None, dropout_p, is_causal)   # (..., Tq, Dv)
         return out, None
     if attn_mask.dtype == torch.bool:
         blocked = ~attn_mask
     else:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        attn_mask = _shift_bias(attn_mask, wide)
+        attn_mask = _shift_bias(attn_mask, query.dtype)
         blocked = attn_mask == -torch.inf
     empty = blocked.all(-1, keepdim=True)                # (..., Tq, 1)
     unseen = blocked.all(-2).unsqueeze(-1)               # (..., Tk, 1)
     query = query.masked_fill(empty, 0.0)        # what sees nothing and what
     key = key.masked_fill(unseen, 0.0)           # nobody sees becomes 0, so
     value = value.masked_fill(unseen, 0.0)       # that garbage in pads stays
-    if return_weights:
-        return attention(query, key, value, attn_mask, dropout_p)
+    if readable:
+        out, weights = attention(query, key, value, attn_mask, dropout_p)
+        return out, weights if return_weights else None
     return _fused_attention(query, key, value, attn_mask, empty,
                             dropout_p), None
 
@@ -325,8 +334,9 @@ class CausalSelfAttention(SelfAttention):
             that no token may see are set to 0 first. A hidden score must
             not overflow to infinity: the fused kernel adds the mask to it.
         Raises:
-            TypeError: x is not a floating-point tensor, or attn_mask is
-                neither bool nor float.
+            TypeError: x is not floating point or not of the weights'
+                dtype, attn_mask is neither bool nor float or on another
+                device, or dropout_p is no number.
             ValueError: x is not (..., T, d_in), attn_mask does not
                 broadcast, or dropout_p is not in [0, 1].
         """
@@ -400,8 +410,9 @@ def mask_from_mha(attn_mask: Tensor | None = None,
     if attn_mask.device != key_padding_mask.device:
         raise TypeError("attn_mask and key_padding_mask must share a device, "
                         f"got {attn_mask.device}, {key_padding_mask.device}")
-    batches = {x.shape[0] for x in (may, real) if x.dim() == 4}
-    if may.shape[-1] != real.shape[-1] or len(batches) > 1:
+    batch = real.shape[0] if real.dim() == 4 else 1
+    fits = may.dim() == 2 or may.shape[0] == batch
+    if may.shape[-1] != real.shape[-1] or not fits:
         raise ValueError(
             "attn_mask and key_padding_mask must fit together, got shapes "
             f"{tuple(attn_mask.shape)}, {tuple(key_padding_mask.shape)}")

@@ -58,8 +58,7 @@ class CausalAttention(CausalSelfAttention):
             (..., T, d_out); with return_weights a pair with the weights
             (..., T, T). Random in training, deterministic after ``eval()``.
         Raises:
-            TypeError: x is not a floating-point tensor, or attn_mask is
-                neither bool nor float.
+            TypeError: as ``CausalSelfAttention``.
             ValueError: x is not (..., T, d_in) or is longer than
                 context_length, or attn_mask does not broadcast.
         """

@@ -345,7 +345,7 @@ def assert_eval_deterministic(module: nn.Module, *inputs: Tensor) -> None:
         inputs: tensors of any dtype; the module gets copies.
     Raises:
         AssertionError: two passes in evaluation differ, before or after
-            training; or 16 in training do not, so that dropout is 0 or was
+            training; or 256 in training do not, so that dropout is 0 or was
             lost; or a seed does not repeat a training pass.
         TypeError: module is no nn.Module, or its result no usable tensor.
     Source: the definition of dropout. See: chapter 03.
@@ -362,6 +362,7 @@ def assert_eval_deterministic(module: nn.Module, *inputs: Tensor) -> None:
 
     try:
         with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
             quiet = None
             for visit in ("first", "second"):
                 module.eval()
@@ -373,9 +374,9 @@ def assert_eval_deterministic(module: nn.Module, *inputs: Tensor) -> None:
                         f"{gap:.3g}, {visit} time in eval()")
                 module.train()
                 out = run()
-                if not any(_gap(run(), out).any() for _ in range(15)):
+                if not any(_gap(run(), out).any() for _ in range(255)):
                     raise AssertionError(
-                        "training drops: 16 passes were equal, "
+                        "training drops: 256 passes were equal, "
                         f"{visit} time in train()")
             torch.manual_seed(0)
             out = run()

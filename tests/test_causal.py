@@ -151,6 +151,11 @@ def test_masks_in_every_dtype(dtype):
     assert torch.equal(bias_to_mask(twice), may)
 
 
+def test_keywords():
+    assert torch.equal(causal_mask(q_len=2, kv_len=3), causal_mask(2, 3))
+    assert torch.equal(padding_mask(lengths_or_attention_mask=torch.tensor([1]), kv_len=2), padding_mask(torch.tensor([1]), 2))
+
+
 def test_masks_follow_the_device():
     assert causal_mask(3, device="meta").device.type == "meta"
     offset = torch.zeros(2, dtype=torch.long, device="meta")
@@ -171,8 +176,8 @@ def test_masks_follow_the_device():
 
 
 def test_a_mask_is_broadcast_not_copied():
-    mask = causal_mask(64) & padding_mask(torch.tensor([64, 3]))
-    assert mask.shape == (2, 1, 64, 64) and mask.numel() == 2 * 64 * 64
+    assert padding_mask(torch.tensor([64, 3])).shape == (2, 1, 1, 64)
+    assert (causal_mask(64) & padding_mask(torch.tensor([64, 3]))).shape == (2, 1, 64, 64)
     ids = torch.ones(2, 5, dtype=torch.bool)
     padding_mask(ids)[0] = False
     assert ids.all()                     # the result is not a view of the argument
@@ -266,7 +271,9 @@ def test_mask_from_mha_means_the_same(data, batch, heads, q_len, kv_len):
 def test_mask_from_mha_without_a_batch():
     both = mask_from_mha(torch.tensor([[False, True], [False, False]]), torch.tensor([False, True]))
     assert both.tolist() == [[[True, False], [True, False]]]
-    assert torch.equal(causal_mask(q_len=2, kv_len=3), causal_mask(2, 3))
+    two_heads = torch.tensor([[[False, True], [False, False]], [[True, True], [False, True]]])
+    heads = mask_from_mha(two_heads, torch.tensor([False, True]), num_heads=2)
+    assert heads.tolist() == [[[[True, False], [True, False]], [[False, False], [True, False]]]]
     assert torch.equal(mask_from_mha(key_padding_mask=torch.tensor([False, True])), torch.tensor([[[True, False]]]))
     pads = torch.tensor([[False, True], [False, False]])
     assert torch.equal(mask_from_mha(key_padding_mask=pads), ~pads[:, None, None])
@@ -289,6 +296,8 @@ def test_mask_from_mha_without_a_batch():
     ({"attn_mask": torch.ones(2, 3).bool(), "key_padding_mask": torch.ones(2, 1).bool()}, ValueError, "must fit together"),
     ({"attn_mask": torch.ones(8, 3, 3).bool(), "key_padding_mask": torch.ones(1, 3).bool(), "num_heads": 2}, ValueError,
      r"must fit together, got shapes \(8, 3, 3\), \(1, 3\)"),
+    ({"attn_mask": torch.ones(8, 3, 3).bool(), "key_padding_mask": torch.ones(3).bool(), "num_heads": 2}, ValueError,
+     r"must fit together, got shapes \(8, 3, 3\), \(3,\)"),
     ({"attn_mask": torch.ones(3, 3).bool(), "key_padding_mask": torch.ones(2, 3, device="meta").bool()}, TypeError,
      "must share a device, got cpu, meta"),
     ({"attn_mask": torch.ones(2, 2).bool(), "key_padding_mask": torch.ones(2, 3).bool()}, ValueError,
@@ -357,10 +366,12 @@ def layer_and_x(dtype=torch.float64, bias=True):
 
 
 LEFT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+SEEDED = torch.Generator().manual_seed(0)
 ISLANDS = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 1, 0]])
-MASKS = {"none": None, "left": padding_mask(LEFT), "islands": padding_mask(ISLANDS), "one axis": torch.rand(5) > 0.5,
-         "added": mask_to_bias(padding_mask(ISLANDS), torch.float64), "favours": torch.randn(5, 5).double(),
-         "per row": torch.rand(3, 1, 5, 5) > 0.5, "nothing": torch.zeros(5, 5).bool()}
+MASKS = {"none": None, "left": padding_mask(LEFT), "islands": padding_mask(ISLANDS),
+         "one axis": torch.tensor([True, False, True, True, False]),
+         "added": mask_to_bias(padding_mask(ISLANDS), torch.float64), "favours": torch.randn(5, 5, generator=SEEDED).double(),
+         "per row": torch.rand(3, 1, 5, 5, generator=SEEDED) > 0.5, "nothing": torch.zeros(5, 5).bool()}
 
 
 def joined(mask):
@@ -558,6 +569,60 @@ def test_shift_bias():
     assert _shift_bias(torch.tensor([[-7.0], [-torch.inf]]), torch.float32).tolist() == [[0.0], [-torch.inf]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask_dtype", [torch.bool, *DTYPES])
+def test_the_kernel_gets_a_mask_of_its_own_dtype(dtype, mask_dtype, monkeypatch):
+    """GPU kernels refuse, or misread, a bias in another dtype than the query's."""
+    seen = []
+
+    def spy(query, key, value, attn_mask=None, *args, **kwargs):
+        seen.append((attn_mask.dtype, attn_mask.dim()))
+        return SDPA(query, key, value, attn_mask, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    layer, x = layer_and_x(dtype)
+    layer(x, attn_mask=torch.ones(1, 5, 5).to(mask_dtype))
+    assert seen == [(torch.bool if mask_dtype == torch.bool else dtype, 4)]
+
+
+def test_kernels_never_see_p_of_1(monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: pytest.fail("a kernel was called"))
+    layer, x = layer_and_x()
+    for mask in (None, causal_mask(5)):
+        out = layer(x, attn_mask=mask, dropout_p=1.0)
+        assert isinstance(out, torch.Tensor) and not out.any()
+
+
+def test_one_query_needs_no_mask(monkeypatch):
+    """A step of decoding with a cache: no mask is built, and no key is hidden."""
+    seen = []
+
+    def spy(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False):
+        seen.append((attn_mask, is_causal))
+        return SDPA(query, key, value, attn_mask, dropout_p, is_causal)
+
+    query, key, value = torch.randn(2, 1, 1, 4), torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 4)
+    want = SDPA(query, key, value)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    got, _ = _attend(query, key, value, None, is_causal=True, dropout_p=0.0, return_weights=False)
+    assert seen == [(None, False)]
+    assert_close(got, want)
+
+
+def test_a_hidden_score_that_overflows():
+    """The readable road and the plain causal kernel do not care; the kernel with a mask adds inf and -inf."""
+    layer = CausalSelfAttention(4, 4)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.eye(4))
+    x = torch.randn(1, 4, 4).abs() + 5
+    x[:, 3] = torch.finfo(x.dtype).max / 8
+    want = layer(x[:, :3])
+    assert_close(layer(x)[:, :3], want)
+    assert_close(layer(x, attn_mask=torch.ones(4).bool(), return_weights=True)[0][:, :3], want)
+    assert_close(layer(x, attn_mask=torch.tensor([True, True, True, False]))[:, :3], want)    # nobody sees it: cleaned
+
+
 def test_a_shift_of_a_row_changes_nothing():
     layer, x = layer_and_x()
     bias = torch.randn(5, 5).double()
@@ -620,7 +685,9 @@ def test_layer_takes_any_leading_axes(shape, return_weights, masked):
 def test_fused_road_never_makes_the_map():
     layer, x = layer_and_x(torch.float32)
     for options, fused in (({}, True), ({"attn_mask": padding_mask(LEFT)}, True), ({"return_weights": True}, False),
-                           ({"attn_mask": torch.randn(5, 5)}, True), ({"dropout_p": 0.5}, False)):
+                           ({"attn_mask": torch.randn(5, 5)}, True), ({"dropout_p": 0.5}, False),
+                           ({"attn_mask": torch.ones(1, 5, 5).bool()}, True), ({"attn_mask": torch.ones(5).bool()}, True),
+                           ({"attn_mask": torch.zeros(1, 1, 5)}, True), ({"attn_mask": torch.tensor(True)}, True)):
         with torch.no_grad(), torch.profiler.profile() as profile:
             layer(x, **options)
         names = {event.key for event in profile.key_averages()}

@@ -376,6 +376,21 @@ def test_large_sizes_are_compared_by_value():
     assert SelfAttention(300, 2)(torch.randn(3, 300)).shape == (3, 2)
 
 
+def test_layer_refuses_another_dtype_except_under_autocast():
+    layer = SelfAttention(6, 4)
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(TypeError, match=f"x must be torch.float32 like the weights, got {dtype}"):
+            layer(torch.zeros(5, 6, dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.zeros(5, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert layer(torch.zeros(5, 6)).dtype == torch.bfloat16
+
+
+def test_runs_without_numbers():
+    query, key, value = (x.to("meta") for x in qkv(2))
+    assert [x.shape for x in attention(query, key, value)] == [(2, 4, 3), (2, 4, 6)]
+
+
 def test_return_weights_is_keyword_only():
     with pytest.raises(TypeError):
         SelfAttention(6, 4)(torch.randn(5, 6), True)

@@ -531,9 +531,9 @@ def test_dropout_in_training_only_passes():
 @pytest.mark.parametrize("rate, words", [
     (lambda m: 0.5, "eval is deterministic: two passes differ by .*, first time in eval"),
     (lambda m: 0.5 * (m.training or m.calls > 3), "eval is deterministic: two passes differ by .*, second time in eval"),
-    (lambda m: 0.0, "training drops: 16 passes were equal, first time in train"),
+    (lambda m: 0.0, "training drops: 256 passes were equal, first time in train"),
     (lambda m: 0.0 if m.training else 0.5, "eval is deterministic"),
-    (lambda m: 0.5 if m.training and m.calls <= 6 else 0.0, "training drops: 16 passes were equal, second time in train"),
+    (lambda m: 0.5 if m.training and m.calls <= 6 else 0.0, "training drops: 256 passes were equal, second time in train"),
 ])
 def test_each_fault_of_dropout_is_named(rate, words):
     with pytest.raises(AssertionError, match=words):
@@ -593,9 +593,11 @@ def test_a_seed_must_repeat_a_pass():
         assert_eval_deterministic(Own(), torch.randn(4, 8))
 
 
-def test_rare_dropout_is_found_and_rare_noise_in_eval_is_not_asked_for():
-    """One element in twenty of a single number: 16 passes find it often enough with this seed."""
-    assert_eval_deterministic(nn.Dropout(0.3), torch.ones(1, 1))
+def test_rare_dropout_is_found_from_any_random_state():
+    """One number, dropped once in twenty: 256 passes find it; the verdict does not depend on the caller's state."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert_eval_deterministic(nn.Dropout(0.05), torch.ones(1, 1))
 
 
 @pytest.mark.parametrize("modes", [(True, True), (False, False), (True, False), (False, True)])

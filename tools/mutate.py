@@ -66,7 +66,7 @@ def digest(mutant):
 
 
 def killed(module, source):
-    """Run the module's fast tests on this source in a forked child; True if they fail, crash or hang."""
+    """Run the module's fast tests on this source in a forked child: "fails", "hangs", or "" if it survives."""
     child = os.fork()
     if child == 0:
         signal.alarm(TIMEOUT)
@@ -83,7 +83,12 @@ def killed(module, source):
         with contextlib.suppress(BaseException):
             os._exit(int(pytest.main([f"tests/test_{module}.py", *options])))
         os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == -signal.SIGALRM:
+        return "hangs"
+    if code not in (0, 1, 2, 3, 99):          # 4, 5: nothing was run
+        raise RuntimeError(f"{module}: pytest ended with {code}")
+    return "fails" if code else ""
 
 
 def main(modules):
@@ -103,13 +108,13 @@ def main(modules):
             sys.exit(f"{module}: its tests fail without any change")
         work, dead, alive = list(mutants(source)), 0, []
         known = set(KILLED.read_text().split()) if KILLED.exists() else set()
-        with ThreadPoolExecutor(os.cpu_count()) as pool, open(KILLED, "a") as memory:
-            gone_by = pool.map(lambda m: digest(m) in known or killed(module, m[3]), work)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, open(KILLED, "a") as memory:
+            gone_by = pool.map(lambda m: "fails" if digest(m) in known else killed(module, m[3]), work)
             for n, (mutant, gone) in enumerate(zip(work, gone_by), 1):
-                dead += gone
-                if gone:
+                dead += bool(gone)
+                if gone == "fails":               # what hangs is tried again
                     print(digest(mutant), file=memory, flush=True)
-                else:
+                elif not gone:
                     alive.append(mutant)
                 print(f"\r{module}: {n}/{len(work)} tried, {n - dead} alive", end="", flush=True)
         print()
