@@ -270,7 +270,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor,
     if is_causal and (attn_mask is not None or return_weights
                       or q_len != kv_len):
         causal = causal_mask(q_len, kv_len, device=query.device)
-        attn_mask, is_causal = _and_causal(attn_mask, causal), False
+        attn_mask = _and_causal(attn_mask, causal)
     readable = return_weights or dropout_p == 1      # kernels want p < 1
     if attn_mask is None and readable:
         out, weights = attention(query, key, value, None, dropout_p)

@@ -318,6 +318,7 @@ def test_mask_from_mha_refuses(arguments, error, words):
     (lambda: causal_mask(2, torch.tensor(2)), TypeError, r"kv_len must be an int, got tensor\(2\)"),
     (lambda: causal_mask(2, offset=1.0), TypeError, r"offset must be an int or an integer tensor \(B,\), got 1.0"),
     (lambda: causal_mask(2, offset=2 ** 63), ValueError, "offset must fit in 64 bits, got 9223372036854775808"),
+    (lambda: causal_mask(2, offset=10 ** 30), ValueError, "offset must fit in 64 bits, got 10000"),
     (lambda: causal_mask(2, offset=-2 ** 63 - 1), ValueError, "offset must fit in 64 bits, got -9223372036854775809"),
     (lambda: causal_mask(2, offset=torch.tensor([1], dtype=torch.uint16)), TypeError, "offset must be .* got torch.uint16"),
     (lambda: padding_mask(torch.tensor([1], dtype=torch.uint32)), TypeError, "lengths_or_attention_mask .* torch.uint32"),
@@ -343,6 +344,7 @@ def test_mask_from_mha_refuses(arguments, error, words):
     (lambda: padding_mask(torch.tensor([2, 5]), 5.0), TypeError, "kv_len must be an int, got 5.0"),
     (lambda: padding_mask(torch.tensor([[1, 2]])), ValueError, "an attention mask must be in 0 .. 1, got 2"),
     (lambda: padding_mask(torch.tensor([[1, -1]])), ValueError, "an attention mask must be in 0 .. 1, got -1"),
+    (lambda: padding_mask(torch.tensor([[1, 0]]), 1), ValueError, "kv_len must be the width .* 2, got 1"),
     (lambda: padding_mask(torch.tensor([[1, 0]]), 3), ValueError, "kv_len must be the width .* 2, got 3"),
     (lambda: mask_to_bias(torch.ones(2), torch.float32), TypeError, "attn_mask must be bool .* got torch.float32"),
     (lambda: mask_to_bias([True], torch.float32), TypeError, "attn_mask must be bool .* got list"),
@@ -593,6 +595,31 @@ def test_kernels_never_see_p_of_1(monkeypatch):
         assert isinstance(out, torch.Tensor) and not out.any()
 
 
+@pytest.mark.parametrize("length", [2, 300])
+def test_without_a_mask_none_is_built(length, monkeypatch):
+    seen = []
+
+    def spy(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False):
+        seen.append((attn_mask, is_causal))
+        return SDPA(query, key, value, attn_mask, dropout_p, is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    CausalSelfAttention(6, 4)(torch.randn(length, 6))
+    assert seen == [(None, True)]
+
+
+def test_large_sizes_are_compared_by_value():
+    real = torch.ones(1, 300).bool()
+    assert padding_mask(real, 300).all() and mask_from_mha(torch.zeros(300, 300).bool(), ~real).all()
+
+
+def test_more_queries_than_keys():
+    query, key, value = torch.randn(2, 1, 5, 4), torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4)
+    got, _ = _attend(query, key, value, None, is_causal=True, dropout_p=0.0, return_weights=False)
+    assert_close(got, attention(query, key, value, causal_mask(5, 3))[0])
+    assert not got[:, :, :2].any()
+
+
 def test_one_query_needs_no_mask(monkeypatch):
     """A step of decoding with a cache: no mask is built, and no key is hidden."""
     seen = []
@@ -673,7 +700,7 @@ def test_layer_refuses_another_dtype():
 @pytest.mark.parametrize("masked", [False, True])
 def test_layer_takes_any_leading_axes(shape, return_weights, masked):
     layer, x = CausalSelfAttention(6, 4), torch.randn(shape)
-    mask = torch.ones(shape[-2]).bool() if masked else None
+    mask = torch.zeros(shape[-2]) if masked else None
     out = layer(x, return_weights=return_weights, attn_mask=mask)
     out, weights = out if return_weights else (out, None)
     assert out.shape == (*shape[:-1], 4)
