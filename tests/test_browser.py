@@ -103,7 +103,7 @@ def shown(figure):
 
 def test_slider_follows_keyboard_and_mouse_and_shows_the_tensor(visit):
     frames = values_after(ROOT / "nbs/01_single_head.ipynb", {
-        "export-imports", "setup", "masked-softmax", "check-inputs", "check-mask", "attention", "variance",
+        "export-imports", "setup", "masked-softmax", "check-inputs", "check-probability", "check-mask", "attention", "variance",
         "saturation"})["frames"]
     tab = visit("nbs/01_single_head.html")
     figure = tab.locator(".attn-slider").first
@@ -130,8 +130,8 @@ def test_slider_follows_keyboard_and_mouse_and_shows_the_tensor(visit):
 
 def test_second_slider_marks_the_right_key(visit):
     values = values_after(ROOT / "nbs/01_single_head.ipynb", {
-        "export-imports", "setup", "masked-softmax", "check-inputs", "check-mask", "attention", "self-attention",
-        "directory", "train", "train-check"})
+        "export-imports", "setup", "masked-softmax", "check-inputs", "check-probability", "check-mask", "attention",
+        "check-tokens", "self-attention", "directory", "train", "train-check"})
     tab = visit("nbs/01_single_head.html", 390)
     figure = tab.locator(".attn-slider").nth(1)
     figure.locator("input").focus()
