@@ -296,6 +296,8 @@ def test_mask_from_mha_without_a_batch():
     ({"attn_mask": torch.ones(2, 3).bool(), "key_padding_mask": torch.ones(2, 1).bool()}, ValueError, "must fit together"),
     ({"attn_mask": torch.ones(8, 3, 3).bool(), "key_padding_mask": torch.ones(1, 3).bool(), "num_heads": 2}, ValueError,
      r"must fit together, got shapes \(8, 3, 3\), \(1, 3\)"),
+    ({"attn_mask": torch.ones(2, 3, 3).bool(), "key_padding_mask": torch.ones(2, 3).bool(), "num_heads": 2}, ValueError,
+     r"must fit together, got shapes \(2, 3, 3\), \(2, 3\)"),
     ({"attn_mask": torch.ones(8, 3, 3).bool(), "key_padding_mask": torch.ones(3).bool(), "num_heads": 2}, ValueError,
      r"must fit together, got shapes \(8, 3, 3\), \(3,\)"),
     ({"attn_mask": torch.ones(3, 3).bool(), "key_padding_mask": torch.ones(2, 3, device="meta").bool()}, TypeError,
@@ -611,6 +613,7 @@ def test_without_a_mask_none_is_built(length, monkeypatch):
 def test_large_sizes_are_compared_by_value():
     real = torch.ones(1, 300).bool()
     assert padding_mask(real, 300).all() and mask_from_mha(torch.zeros(300, 300).bool(), ~real).all()
+    assert mask_from_mha(torch.zeros(300, 1, 1).bool(), torch.zeros(300, 1).bool(), num_heads=1).all()
 
 
 def test_more_queries_than_keys():

@@ -5,7 +5,8 @@
 The bugs are cosmic-ray's: every operator, comparison, constant, condition and loop, one change at a time. Changes that
 only touch annotations are left out. Each runs the module's own test file in a forked process, slow tests left out.
 A survivor needs a reason in tests/mutation_survivors.toml: without one, or below 90 %, the exit code is 1.
-Bugs that died once are remembered in _build/mutants_killed.txt and not run again; `make clean` forgets them.
+Bugs that died once are remembered in _build/mutants_killed.txt, function by function, and not run again; `make clean`
+forgets them, which is right after a test was removed.
 """
 import ast
 import contextlib
@@ -61,8 +62,13 @@ def mutants(source):
                 yield number, old_line.strip(), new_line.strip(), new
 
 
-def digest(mutant):
-    return hashlib.sha256(mutant[3].encode()).hexdigest()
+def digest(module, mutant):
+    """Names a mutant by the changed function alone, so that a change elsewhere in the module does not forget it."""
+    number, _, _, source = mutant
+    lines = source.splitlines()
+    part = next((lines[n.lineno - 1:n.end_lineno] for n in ast.parse(source).body
+                 if n.lineno <= number <= n.end_lineno), [lines[number - 1]])
+    return hashlib.sha256("\n".join([module, *part]).encode()).hexdigest()
 
 
 def killed(module, source):
@@ -109,11 +115,11 @@ def main(modules):
         work, dead, alive = list(mutants(source)), 0, []
         known = set(KILLED.read_text().split()) if KILLED.exists() else set()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, open(KILLED, "a") as memory:
-            gone_by = pool.map(lambda m: "fails" if digest(m) in known else killed(module, m[3]), work)
+            gone_by = pool.map(lambda m: "fails" if digest(module, m) in known else killed(module, m[3]), work)
             for n, (mutant, gone) in enumerate(zip(work, gone_by), 1):
                 dead += bool(gone)
                 if gone == "fails":               # what hangs is tried again
-                    print(digest(mutant), file=memory, flush=True)
+                    print(digest(module, mutant), file=memory, flush=True)
                 elif not gone:
                     alive.append(mutant)
                 print(f"\r{module}: {n}/{len(work)} tried, {n - dead} alive", end="", flush=True)
