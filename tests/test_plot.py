@@ -218,6 +218,7 @@ def test_large_maps_are_labelled():
     ({"start": -1}, r"start must be in 0 .. 2, got -1"),
     ({"start": 3}, r"start must be in 0 .. 2, got 3"),
     ({"start": 9}, r"start must be in 0 .. 2, got 9"),
+    ({"frames": torch.rand(4, 4), "steps": "pqrs", "start": 4}, r"start must be in 0 .. 3, got 4"),
 ])
 def test_slider_refuses_what_it_cannot_draw(changes, words):
     good = {"frames": torch.rand(3, 4), "steps": "abc", "bars": "wxyz", "alt": "x"}
@@ -295,6 +296,7 @@ def test_mask_grid_puts_keys_on_top_and_queries_down_the_side(q_len, kv_len):
     corners = [(int(x), int(y)) for x, y in re.findall(r'd="M(\d+) (\d+)h', html)]
     side = int(re.search(r'd="M\d+ \d+h(\d+)', html)[1])
     assert len(set(corners)) == q_len * kv_len and side >= 8
+    assert max(q_len, kv_len) != 10 or side == 30                  # as large as fits
     grid = [corners[i * kv_len:(i + 1) * kv_len] for i in range(q_len)]
     assert all(len({y for _, y in row}) == 1 for row in grid) and all(len({x for x, _ in col}) == 1 for col in zip(*grid))
     assert all(b[0] - a[0] == side + 4 for a, b in zip(grid[0], grid[0][1:]))
@@ -305,6 +307,11 @@ def test_mask_grid_puts_keys_on_top_and_queries_down_the_side(q_len, kv_len):
         corner = grid[word][0] if x < grid[0][0][0] else grid[0][word]
         assert abs(y - corner[1] - side / 2) < 6 if x < grid[0][0][0] else x == corner[0] + side / 2 and y < corner[1]
     assert len(labels) == q_len + (kv_len if side >= 16 else -(-kv_len // 2))
+
+
+def test_a_slider_may_have_many_positions():
+    html = mask_grid(torch.ones(30, 2, 3).bool(), sliders={"a": range(30)}, alt="x")._repr_html_()
+    assert 'max="29"' in html
 
 
 def test_mask_grid_cannot_be_broken_by_names():
@@ -322,6 +329,7 @@ def test_mask_grid_cannot_be_broken_by_names():
     ({"masks": torch.ones(4).bool(), "sliders": {}}, ValueError, r"masks must be \(Tq, Tk\), .*slider, got \(4,\)"),
     ({"masks": torch.ones(3, 4).bool()}, ValueError, r"masks must be \(2, Tq, Tk\), .* got \(3, 4\)"),
     ({"masks": torch.ones(2, 2, 3, 4).bool()}, ValueError, r"masks must be \(2, Tq, Tk\), .* got \(2, 2, 3, 4\)"),
+    ({"sliders": {"a": "1"}}, ValueError, r"masks must be \(1, Tq, Tk\), .* got \(2, 3, 4\)"),
     ({"sliders": {"a": "123"}}, ValueError, r"masks must be \(3, Tq, Tk\), .* got \(2, 3, 4\)"),
     ({"sliders": None}, ValueError, r"masks must be \(Tq, Tk\), .* got \(2, 3, 4\)"),
     ({"sliders": {"a": "12", "b": "12"}}, ValueError, r"masks must be \(2, 2, Tq, Tk\), .* got \(2, 3, 4\)"),
