@@ -197,7 +197,7 @@ def killed_by_tests(bug):
     """The first test that fails with the bug planted, or None."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", f"tests/test_{bug.module}.py", "-x", "-q", "-m", "not slow", "-p",
-         "no:cacheprovider", "--no-header", "--tb=no", "-o", "addopts="],
+         "no:cacheprovider", "-p", "no:anyio", "--assert=plain", "--no-header", "--tb=no", "-o", "addopts="],
         cwd=ROOT, env={**os.environ, "ATTN_NB_PLANT": bug.name, "CI": ""}, capture_output=True, text=True)
     if done.returncode == 0:
         return None
