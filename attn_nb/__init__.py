@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 from .causal import CausalSelfAttention, bias_to_mask, causal_mask, mask_from_mha, mask_to_bias, padding_mask
 from .dropout import CausalAttention
-from .plot import mask_grid, plot_attention, slider_bars, use_book_style
+from .plot import kv_calculator, mask_grid, plot_attention, slider_bars, use_book_style
 from .single_head import SelfAttention, attention
 from .testing import (
     assert_as_precise,
@@ -19,6 +19,6 @@ from .testing import (
 __all__ = [
     "CausalAttention", "CausalSelfAttention", "SelfAttention", "assert_as_precise", "assert_causal",
     "assert_eval_deterministic", "assert_parity", "assert_permutation_equivariant", "assert_rows_sum_to_one", "attention",
-    "bias_to_mask", "catches", "causal_mask", "mask_from_mha", "mask_grid", "mask_to_bias", "padding_mask",
-    "plot_attention", "slider_bars", "tolerance", "use_book_style",
+    "bias_to_mask", "catches", "causal_mask", "kv_calculator", "mask_from_mha", "mask_grid", "mask_to_bias",
+    "padding_mask", "plot_attention", "slider_bars", "tolerance", "use_book_style",
 ]

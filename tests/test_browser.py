@@ -2,7 +2,9 @@
 import functools
 import http.server
 import json
+import re
 import threading
+from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ pytestmark = pytest.mark.browser
 PAGES = ["README.html", *sorted(f"nbs/{p.stem}.html" for p in [*(ROOT / "nbs").glob("*.ipynb"),
                                                                *(ROOT / "nbs").glob("*.md")]), "search.html"]
 MASK_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "mask_grid(" in p.read_text()]
+KV_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "kv_calculator(" in p.read_text()]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -224,6 +227,166 @@ def test_mask_grids_on_one_page_move_alone(visit):
     assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def gib(count, unit=2**30):
+    """The number of units as people write it: two decimals at most, halves up, commas."""
+    value = (Decimal(count) / unit).quantize(Decimal("0.01"), ROUND_HALF_UP)
+    return "under 0.01" if count and not value else f"{value:,}".rstrip("0").rstrip(".")
+
+
+def assert_calculates(figure, data, model, at, number, card):
+    """The figure shows what the formula gives for these layers, KV heads, head width, tokens and users."""
+    layers, heads, width, tokens, users = at
+    name, weights, *preset = data["models"][model]
+    memory, token = data["cards"][card], 2 * layers * heads * width * number
+    cache, spare = token * tokens * users, data["cards"][card] - weights - token * tokens * users
+    fit = max(0, (memory - weights) // (token * tokens))
+    people = "1 user" if users == 1 else f"{users} users"
+    assert figure.locator("output").text_content().split("\n") == [
+        f"{gib(token, 1024)} KiB per token ({token:,} bytes)", f"{gib(token * tokens)} GiB per user of {tokens:,} tokens",
+        f"{gib(cache)} GiB for {people}", f"the weights of {name} alone do not fit on the card" if weights > memory else
+        f"with the weights of {name}: {fit:,} user{'s' * (fit != 1)} fit{'s' * (fit == 1)} on the card"]
+    assert figure.locator("text").all_text_contents() == [
+        f"card: {gib(memory)} GiB", f"weights: {gib(weights)} GiB", f"cache of {people}: {gib(cache)} GiB",
+        f"free: {gib(spare)} GiB" if spare >= 0 else f"does not fit: {gib(-spare)} GiB too much"]
+    words = [f"{n:,}" for n in at]
+    assert figure.locator("b").all_text_contents() == words
+    assert [i.get_attribute("aria-valuetext") for i in figure.locator("input").all()] == words
+    menus = figure.locator("select").evaluate_all("all => all.map(s => s.selectedOptions[0].textContent)")
+    assert menus[0] == (name if preset == [layers, heads, width] else "own numbers")
+    assert menus[1] == {2: "2 (bf16, fp16)", 1: "1 (fp8, int8)", 4: "4 (fp32)"}[number]
+
+    first, step = 320 * weights / memory, 320 * token * tokens / memory
+    paths = [[(float(x), float(x) + float(w)) for x, w in re.findall(r"M([\d.]+) 24h([\d.]+)v36H\1z", path)]
+             for path in figure.locator("path").evaluate_all("all => all.map(p => p.getAttribute('d'))")]
+    boxes = [(first + i * step, first + (i + 1) * step - 1) for i in range(users)] if step >= 4 else [
+        (first, first + users * step)]
+    for path, parts, low, high in zip(paths, ([(0, first)], boxes, [(0, first), *boxes]), (0, 0, 320), (320, 320, 384)):
+        want = [(max(a, low), min(b, high)) for a, b in parts if max(a, low) < min(b, high)]
+        assert path == [pytest.approx(box, abs=.11) for box in want]
+    colors = figure.locator("path, rect").evaluate_all("all => all.map(e => getComputedStyle(e).fill)")
+    assert len(set(colors[:3])) == 3 and colors[3] == "none"      # weights, cache, overflow; the card's outline
+    assert colors[4:6] == colors[:2] and colors[6] == (colors[2] if spare < 0 else "none")
+    assert figure.locator("path").nth(2).get_attribute("d").endswith("l14 18-14 18z") == (first + users * step > 384)
+
+
+def drive_calculator(tab, figure):
+    """Every preset, and moves of every control, from the keyboard."""
+    data = json.loads(figure.locator("script").text_content())
+    steps = [list(range(1, s + 1)) if isinstance(s, int) else s for s in data["steps"]]
+    sliders, (picker, numbers, cards) = figure.locator("input").all(), figure.locator("select").all()
+    model = int(picker.input_value())
+    state = {"number": 2, "card": 0}
+    at = [*data["models"][model][2:], 8192, 8]
+    check = functools.partial(assert_calculates, figure, data)
+    check(model, at, **state)
+    picker.focus()
+    tab.keyboard.press("Home")
+    for model in range(len(data["models"])):
+        at[:3] = data["models"][model][2:]
+        check(model, at, **state)
+        cards.focus()
+        tab.keyboard.press("Home")
+        for state["card"] in range(len(data["cards"])):
+            check(model, at, **state)
+            tab.keyboard.press("ArrowDown")
+        picker.focus()
+        tab.keyboard.press("ArrowDown")                           # from the last one nowhere: "own numbers" is no choice
+    check(model, at, **state)
+    for state["number"] in (2, 1, 4):
+        numbers.focus()
+        tab.keyboard.press("Home")
+        for _ in range((2, 1, 4).index(state["number"])):
+            tab.keyboard.press("ArrowDown")
+        check(model, at, **state)
+    for axis, slider in enumerate(sliders):
+        slider.focus()
+        tab.keyboard.press("Home")
+        for i in range(4):
+            at[axis] = steps[axis][i]
+            check(model, at, **state)
+            tab.keyboard.press("ArrowRight")
+        tab.keyboard.press("End")
+        for i in range(-1, -4, -1):
+            at[axis] = steps[axis][i]
+            check(model, at, **state)
+            tab.keyboard.press("ArrowLeft")
+        at[axis] = steps[axis][-4]
+        check(model, at, **state)
+    assert cards.input_value() == str(state["card"]) and picker.input_value() == ""
+    for axis, slider in enumerate(sliders[:3]):                   # back by hand: the model has its name again
+        at[axis] = data["models"][model][2 + axis]
+        slider.focus()
+        tab.keyboard.press("Home")
+        for _ in range(steps[axis].index(at[axis])):
+            tab.keyboard.press("ArrowRight")
+        check(model, at, **state)
+    for control in (*sliders, picker, numbers, cards):
+        box = control.bounding_box()
+        assert box["height"] >= 24 and box["x"] >= 0 and box["x"] + box["width"] <= tab.viewport_size["width"]
+    for role, names in (("slider", ["layers", "KV heads", "head width", "tokens per user", "users"]),
+                        ("combobox", ["model", "bytes per number", "card"])):
+        assert figure.get_by_role(role).count() == len(names)
+        for i, name in enumerate(names):
+            label = figure.get_by_role(role).nth(i).and_(figure.get_by_role(role, name=name, exact=True))
+            assert label.count() == 1, f"{role} {i} is not called {name}"
+
+
+@pytest.mark.parametrize("width, dark", [(1280, False), (390, True)], ids=["light", "dark-phone"])
+@pytest.mark.parametrize("page", KV_PAGES)
+def test_calculator_follows_the_keyboard(visit, page, width, dark):
+    tab = visit(page, width, dark)
+    figures = tab.locator(".attn-kv").all()
+    assert figures
+    for figure in figures:
+        drive_calculator(tab, figure)
+    assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+MODELS = {"<odd>": {"num_layers": 130, "num_kv_heads": 3, "head_dim": 288, "weight_bytes": 12_345_678_901},
+          "large": {"num_layers": 1024, "num_kv_heads": 1024, "head_dim": 1024, "weight_bytes": 2**53 - 1},
+          "small": {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "weight_bytes": 1}}
+CARDS = {"tiny": 1, "usual": 24 * 2**30, "endless": 2**53 - 1}
+
+
+def test_calculators_on_one_page_move_alone(visit):
+    """Twice the same figure, then one of another kind, each with its script; the numbers are extreme."""
+    from attn_nb.plot import kv_calculator, slider_bars
+
+    one = kv_calculator(MODELS, cards=CARDS, alt="a bar").html
+    bars = slider_bars(torch.rand(2, 3), steps="pq", bars="abc", alt="bars").html
+    tab = visit("nbs/bibliography.html", 390)
+    tab.set_content(one)
+    names = "() => Object.getOwnPropertyNames(window).length"
+    before = tab.evaluate(names)
+    tab.set_content(one + bars + one)
+    first, second = tab.locator(".attn-kv").all()
+    data = json.loads(first.locator("script").text_content())
+    drive_calculator(tab, second)
+    assert_calculates(first, data, 0, [130, 3, 288, 8192, 8], 2, 0)
+    tab.locator(".attn-slider input").press("ArrowRight")
+    assert "q: largest" in tab.locator(".attn-slider output").inner_text()
+    first.locator("input").nth(4).press("Home")
+    assert_calculates(first, data, 0, [130, 3, 288, 8192, 1], 2, 0)
+    assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert tab.evaluate(names) == before and tab.evaluate("typeof say + typeof bar + typeof steps") == "undefined" * 3
+
+
+def test_calculator_shows_the_same_before_its_script_has_run(visit):
+    from attn_nb.plot import kv_calculator
+
+    tab = visit("nbs/bibliography.html", 390)
+    parts = "all => all.map(e => e.outerHTML)"
+    for start in range(len(MODELS)):
+        for memory in CARDS.values():
+            moving = kv_calculator(MODELS, cards={"card": memory}, alt="a bar", start=start).html
+            tab.set_content(re.sub(r"<script>.*</script>", "", moving, flags=re.S))
+            assert tab.locator("[data-on]").count() == 0
+            still = tab.locator(".attn-kv :is(text, path, rect, b, output, option)").evaluate_all(parts)
+            tab.set_content(moving)
+            assert tab.locator("[data-on]").count() == 1
+            assert tab.locator(".attn-kv :is(text, path, rect, b, output, option)").evaluate_all(parts) == still
+
+
 CONTRAST = """() => {
   const rgb = s => s.match(/[\\d.]+/g).map(Number);
   const lum = c => { const [r, g, b] = c.slice(0, 3).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
@@ -233,7 +396,8 @@ CONTRAST = """() => {
   const bad = [];
   for (const e of document.querySelectorAll('article p, article li, article td, article th, article pre, article summary, ' +
                                             'article figcaption, article h1, article h2, article h3, .attn-slider text, ' +
-                                            '.attn-mask :is(text, b, output)')) {
+                                            '.attn-mask :is(text, b, output), ' +
+                                            '.attn-kv :is(text, b, select, output)')) {
     if (!e.textContent.trim() || !e.getClientRects().length) continue;
     const style = getComputedStyle(e), svg = e.namespaceURI.includes('svg');
     const a = lum(rgb(svg ? style.fill : style.color)), b = lum(behind(e));
@@ -252,10 +416,10 @@ def test_text_is_legible(visit, page, dark):
     assert tab.evaluate(CONTRAST) == []
 
 
-@pytest.mark.parametrize("page", ["nbs/01_single_head.html", *MASK_PAGES])
+@pytest.mark.parametrize("page", sorted({"nbs/01_single_head.html", *MASK_PAGES, *KV_PAGES}))
 def test_dark_figures_have_no_light_card(visit, page):
     tab = visit(page, dark=True)
-    shown = "article :is(div.cell_output img, .attn-slider, .attn-mask)"
+    shown = "article :is(div.cell_output img, .attn-slider, .attn-mask, .attn-kv)"
     cards = tab.evaluate("""shown => [...document.querySelectorAll(shown)].filter(e => {
         const c = getComputedStyle(e), n = c.backgroundColor.match(/[\\d.]+/g).map(Number);
         return c.filter !== 'none' || ((n.length < 4 || n[3] > 0) && n[0] + n[1] + n[2] > 300);

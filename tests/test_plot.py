@@ -6,6 +6,8 @@ import io
 import json
 import re
 import sys
+from decimal import ROUND_HALF_UP, Decimal
+from html import unescape
 from pathlib import Path
 
 import matplotlib
@@ -19,10 +21,23 @@ import matplotlib.pyplot as plt  # noqa: E402
 if __name__ == "__main__":
     sys.path[:0] = ["tests"]
     import conftest  # noqa: F401
-from attn_nb.plot import COLORS, GREY, mask_grid, plot_attention, slider_bars, use_book_style  # noqa: E402
+from attn_nb.plot import (  # noqa: E402
+    COLORS,
+    GREY,
+    _size,
+    kv_calculator,
+    mask_grid,
+    plot_attention,
+    slider_bars,
+    use_book_style,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 MASK = torch.ones(3, 4).tril(1).bool()
+MODELS = {"small": {"num_layers": 2, "num_kv_heads": 1, "head_dim": 32, "weight_bytes": 3 * 2**20},
+          "<odd>": {"head_dim": 288, "num_layers": 130, "weight_bytes": 12_345_678_901, "num_kv_heads": 3},
+          "huge": {"num_layers": 80, "num_kv_heads": 8, "head_dim": 128, "weight_bytes": 2**53 - 1}}
+CARDS = {"24 GiB": 24 * 2**30, "a&b": 999_999_999}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +55,7 @@ def svg(ax):
 
 
 def drawings():
-    """One figure for each way to call the three functions."""
+    """One figure for each way to call the four functions."""
     use_book_style()
     torch.manual_seed(0)
     scores = torch.randn(3, 4)
@@ -54,6 +69,7 @@ def drawings():
                                  start=(1, 2, 1), alt="a <mask>")._repr_html_()
     yield "mask_plain.html", mask_grid(torch.ones(3, 2).tril(-1).bool(), alt="a mask")._repr_html_()
     yield "mask_wide.html", mask_grid(torch.ones(1, 18).bool(), alt="a mask")._repr_html_()
+    yield "calculator.html", kv_calculator(MODELS, cards=CARDS, alt="a <bar>", start=1)._repr_html_()
     yield "weights.svg", svg(plot_attention(scores.softmax(-1)))
     yield "masked.svg", svg(plot_attention(scores.softmax(-1), attn_mask=MASK, query_tokens="xyz", key_tokens="abcd",
                                            title="title"))
@@ -350,6 +366,127 @@ def test_mask_grid_refuses_what_it_cannot_draw(changes, error, words):
     mask_grid(**good, start=(1, 2))
     with pytest.raises(error, match=words):
         mask_grid(**{**good, **changes})
+
+
+def gib(count, unit=2**30):
+    """The number of units as people write it: two decimals at most, halves up, commas."""
+    value = (Decimal(count) / unit).quantize(Decimal("0.01"), ROUND_HALF_UP)
+    return "under 0.01" if count and not value else f"{value:,}".rstrip("0").rstrip(".")
+
+
+def boxes(path):
+    """The (left, width) of each box of an SVG path."""
+    return [(float(x), float(width)) for x, width in re.findall(r"M([\d.]+) 24h([\d.]+)v36H\1z", path)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("card", [1, 4 * 2**20, 10**9, 11_500_000_000, 24 * 2**30, 40 * 2**30, 2**53 - 1])
+def test_calculator_is_right_without_scripts(name, card):
+    html = kv_calculator(MODELS, cards={"c": card, "other": 5}, alt="x", start=[*MODELS].index(name))._repr_html_()
+    picture = unescape(re.sub(r"<script.*?</script>", "", html, flags=re.S))
+    model, weights = MODELS[name], MODELS[name]["weight_bytes"]
+    token = 2 * model["num_layers"] * model["num_kv_heads"] * model["head_dim"] * 2
+    cache = 8 * 8192 * token
+    fit = max(0, (card - weights) // (8192 * token))
+    lines = re.search(r'<output aria-live="polite">(.*?)</output>', picture, re.S)[1].split("\n")
+    assert lines == [
+        f"{gib(token, 1024)} KiB per token ({token:,} bytes)", f"{gib(8192 * token)} GiB per user of 8,192 tokens",
+        f"{gib(cache)} GiB for 8 users", f"the weights of {name} alone do not fit on the card" if weights > card else
+        f"with the weights of {name}: {fit:,} user{'s' * (fit != 1)} fit{'s' * (fit == 1)} on the card"]
+    spare = card - weights - cache
+    assert re.findall("<text[^>]*>(.*?)</text>", picture) == [
+        f"card: {gib(card)} GiB", f"weights: {gib(weights)} GiB", f"cache of 8 users: {gib(cache)} GiB",
+        f"free: {gib(spare)} GiB" if spare >= 0 else f"does not fit: {gib(-spare)} GiB too much"]
+    paths = dict(re.findall('<path class="(.*?)" d="(.*?)"/>', picture))
+    first, step = 320 * weights / card, 320 * cache / 8 / card
+    assert [*paths] == ["weights", "cache", "over"]
+    assert boxes(paths["weights"]) == [(0, pytest.approx(min(first, 320), abs=.06))] or first < .06
+    users = [(first + i * step, step - 1) for i in range(8)] if step >= 4 else [(first, 8 * step)]
+    fitting = [(x, min(width, 320 - x)) for x, width in users if x < 320]
+    assert boxes(paths["cache"]) == [pytest.approx(box, abs=.11) for box in fitting]
+    assert ("M386" in paths["over"]) == (first + 8 * step > 384)
+    assert bool(paths["over"]) == (spare < 0) == ('<rect class="over"' in picture)
+    if spare < 0:
+        assert boxes(paths["over"])[0][0] == 320 or step >= 4 and first < 320
+        assert all(x >= 320 and x + width <= 384.11 for x, width in boxes(paths["over"]))
+
+
+def test_calculator_counts_one_user_in_the_singular():
+    one = MODELS["small"]["weight_bytes"] + 2 * 2 * 32 * 2 * 8192
+    cards = {"one": one, "none": one - 1}
+    assert ": 1 user fits on the card<" in kv_calculator(MODELS, cards=cards, alt="x").html
+    assert ": 0 users fit on the card<" in kv_calculator(MODELS, cards={"none": one - 1}, alt="x").html
+
+
+@pytest.mark.parametrize("count, words", [(0, "0"), (1, "under 0.01"), (2**30, "1"), (2**30 + 2**27, "1.13"),
+                                          (5 * 2**27, "0.63"), (10 * 2**30, "10"), (1234567 * 2**29, "617,283.5"),
+                                          (2**30 // 200, "under 0.01"), (2**30 // 200 + 1, "0.01")])
+def test_sizes_are_rounded_half_up(count, words):
+    assert _size(count) == gib(count) == words
+
+
+def test_calculator_is_small_and_carries_the_models():
+    figure = kv_calculator(MODELS, cards=CARDS, alt="a bar", start=1)
+    html = figure._repr_html_()
+    data = json.loads(re.search(r'application/json">(.*?)</script>', html)[1])
+    keys = ["weight_bytes", "num_layers", "num_kv_heads", "head_dim"]
+    assert data["models"] == [[name, *(model[key] for key in keys)] for name, model in MODELS.items()]
+    assert data["cards"] == [*CARDS.values()]
+    assert data["steps"] == [130, [1, 2, 3, 4, 8, 16, 32, 64, 128], [32, 64, 96, 128, 160, 192, 224, 256, 288],
+                             [2**i for i in range(10, 21)], 256]
+    assert len(html.encode()) < 12_000 and "http" not in html and "url(" not in html and " id=" not in html
+    assert repr(figure) == "[interactive figure] a bar" and 'aria-label="a bar"' in html
+    assert re.findall(r'<label>([\w ]+) <input type="range" min="0"\s+max="(\d+)" step="1" value="(\d+)"></label> <b>(.*?)</b>',
+                      html) == [("layers", "129", "129", "130"), ("KV heads", "8", "2", "3"), ("head width", "8", "8", "288"),
+                                ("tokens per user", "10", "3", "8,192"), ("users", "255", "7", "8")]
+    menus = re.findall("<label>([^<]*) <select>(.*?)</select></label>", html)
+    assert [(label, re.findall("<option([^>]*)>(.*?)</option>", options)) for label, options in menus] == [
+        ("model", [(' value="0"', "small"), (' value="1" selected', "&lt;odd&gt;"), (' value="2"', "huge"),
+                   (' value="" disabled', "own numbers")]),
+        ("bytes per number", [(' value="2" selected', "2 (bf16, fp16)"), (' value="1"', "1 (fp8, int8)"),
+                              (' value="4"', "4 (fp32)")]),
+        ("card", [(' value="0" selected', "24 GiB"), (' value="1"', "a&amp;b")])]
+
+
+def test_calculator_cannot_be_broken_by_names():
+    html = kv_calculator({"</script><i>": MODELS["small"]}, cards={"</select><u>": 1}, alt='" onload="x')._repr_html_()
+    assert "<u>" not in html and "<i>" not in html and 'onload="x' not in html
+    assert json.loads(re.search(r'json">(.*?)</script>', html)[1])["models"][0][0] == "</script><i>"
+
+
+def changed(**numbers):
+    return {"models": {"m": {**MODELS["small"], **numbers}}}
+
+
+@pytest.mark.parametrize("changes, error, words", [
+    ({"models": [1]}, TypeError, "models must be a mapping from names, got list"),
+    ({"models": {}}, ValueError, "models must have at least one name, got none"),
+    ({"models": {"m": 7}}, TypeError, r"models\['m'\] must be a mapping, got int"),
+    ({"models": {"m": {}}}, ValueError, r"models\['m'\] must have the keys weight_bytes, num_layers, .* got \[\]"),
+    (changed(num_heads=3), ValueError, r"models\['m'\] must have the keys .* got \['num_layers', .*'num_heads'\]"),
+    (changed(num_layers=0), ValueError, r"models\['m'\]\['num_layers'\] must be in 1 .. 1024, got 0"),
+    (changed(num_kv_heads=-1), ValueError, r"models\['m'\]\['num_kv_heads'\] must be in 1 .. 1024, got -1"),
+    (changed(head_dim=1025), ValueError, r"models\['m'\]\['head_dim'\] must be in 1 .. 1024, got 1025"),
+    (changed(weight_bytes=0), ValueError, r"models\['m'\]\['weight_bytes'\] must be in 1 .. 9007199254740991, got 0"),
+    (changed(weight_bytes=2**53), ValueError, r"'weight_bytes'\] must be in 1 .. 9007199254740991, got 9007199254740992"),
+    (changed(head_dim=64.0), TypeError, r"models\['m'\]\['head_dim'\] must be an int, got 64.0"),
+    (changed(num_layers=True), TypeError, r"models\['m'\]\['num_layers'\] must be an int, got True"),
+    (changed(weight_bytes="9"), TypeError, r"models\['m'\]\['weight_bytes'\] must be an int, got '9'"),
+    ({"cards": 80}, TypeError, "cards must be a mapping from names, got int"),
+    ({"cards": {}}, ValueError, "cards must have at least one name, got none"),
+    ({"cards": {"a": 1, "b": 0}}, ValueError, r"cards\['b'\] must be in 1 .. 9007199254740991, got 0"),
+    ({"cards": {"a": 2**53}}, ValueError, r"cards\['a'\] must be in 1 .. 9007199254740991, got 9007199254740992"),
+    ({"cards": {"a": 8e9}}, TypeError, r"cards\['a'\] must be an int, got 8000000000.0"),
+    ({"start": -1}, ValueError, "start must be in 0 .. 2, got -1"),
+    ({"start": 3}, ValueError, "start must be in 0 .. 2, got 3"),
+    ({"start": "small"}, TypeError, "start must be an int, got 'small'"),
+])
+def test_calculator_refuses_what_it_cannot_draw(changes, error, words):
+    good = {"models": MODELS, "cards": CARDS, "alt": "x"}
+    kv_calculator(**good, start=2)
+    kv_calculator(**{**good, **changed(num_layers=1024, num_kv_heads=1, head_dim=1, weight_bytes=1)})
+    with pytest.raises(error, match=words):
+        kv_calculator(**{**good, **changes})
 
 
 if __name__ == "__main__":
