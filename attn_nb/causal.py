@@ -23,6 +23,12 @@ def _check_length(name: str, length: int, least: int = 0) -> None:
         raise ValueError(f"{name} must be at least {least}, got {length}")
 
 
+def _check_flag(name: str, flag: bool) -> None:
+    """Raise unless ``flag`` is True or False."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
 def _is_integer(x: Tensor) -> bool:
     """Does the tensor hold whole numbers? Booleans do not count."""
     return isinstance(x, Tensor) and x.dtype in (
@@ -240,45 +246,37 @@ def _shift_bias(attn_bias: Tensor, dtype: torch.dtype) -> Tensor:
     lowest = torch.finfo(dtype).min
     return bias.clamp(min=lowest).masked_fill(blocked, -torch.inf).to(dtype)
 
-# %% ../nbs/02_causal.ipynb #fused-attention
-def _fused_attention(query: Tensor, key: Tensor, value: Tensor,
-                     attn_mask: Tensor, empty: Tensor, dropout_p: float
-                     ) -> Tensor:
-    """PyTorch's fused function; rows that are ``empty`` give 0."""
-    if attn_mask.dtype == torch.bool:
-        attn_mask = attn_mask | empty
-    else:
-        attn_mask = attn_mask.masked_fill(empty, 0.0)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p)         # (..., Tq, Dv)
-    return out.masked_fill(empty, 0.0)                   # (..., Tq, Dv)
-
-# %% ../nbs/02_causal.ipynb #attend
-def _attend(query: Tensor, key: Tensor, value: Tensor,
-            attn_mask: Tensor | None, *, is_causal: bool,
-            dropout_p: float, return_weights: bool
-            ) -> tuple[Tensor, Tensor | None]:
-    """One of the two roads: readable with weights, fused without."""
-    _check_probability("dropout_p", dropout_p)
+# %% ../nbs/02_causal.ipynb #join-masks
+def _join_masks(query: Tensor, key: Tensor, attn_mask: Tensor | None, *,
+                is_causal: bool, offset: int | Tensor, as_mask: bool
+                ) -> tuple[Tensor | None, bool]:
+    """One mask with all axes of the scores, or None if the kernel can do
+    without; and its ``is_causal``, which aligns first query, first key."""
     q_len, kv_len = query.shape[-2], key.shape[-2]
     if attn_mask is not None:
         _check_mask(attn_mask, (*query.shape[:-1], kv_len), query.device)
         # all axes, since the fused kernel takes 2 or 4
         attn_mask = attn_mask[(None,) * (query.dim() - attn_mask.dim())]
-    elif q_len == 1:
-        is_causal = False        # one query, the last: every key is past
-    if is_causal and (attn_mask is not None or return_weights
-                      or q_len != kv_len):
-        causal = causal_mask(q_len, kv_len, device=query.device)
-        attn_mask = _and_causal(attn_mask, causal)
-    readable = return_weights or dropout_p == 1      # kernels want p < 1
-    if attn_mask is None and readable:
-        out, weights = attention(query, key, value, None, dropout_p)
-        return out, weights if return_weights else None
-    if attn_mask is None:
-        out = F.scaled_dot_product_attention(
-            query, key, value, None, dropout_p, is_causal)   # (..., Tq, Dv)
-        return out, None
+    if not is_causal:
+        return attn_mask, False
+    if not isinstance(offset, Tensor):
+        if offset >= kv_len - 1:                 # every key is past
+            return attn_mask, False
+        kernel = offset == 0 and q_len >= kv_len     # all keys are seen
+        if kernel and attn_mask is None and not as_mask:
+            return None, True
+    causal = causal_mask(q_len, kv_len, offset=offset, device=query.device)
+    causal = causal[(None,) * (query.dim() - causal.dim())]
+    return _and_causal(attn_mask, causal), False
+
+# %% ../nbs/02_causal.ipynb #hide-unseen
+def _hide_unseen(query: Tensor, key: Tensor, value: Tensor,
+                 attn_mask: Tensor) -> tuple[Tensor, ...]:
+    """Set to 0 what sees nothing and what nobody sees.
+
+    Returns query, key and value, the mask (a bias is shifted), and which
+    queries are empty, (..., Tq, 1). Heads may share keys (chapter 06).
+    """
     if attn_mask.dtype == torch.bool:
         blocked = ~attn_mask
     else:
@@ -286,14 +284,51 @@ def _attend(query: Tensor, key: Tensor, value: Tensor,
         blocked = attn_mask == -torch.inf
     empty = blocked.all(-1, keepdim=True)                # (..., Tq, 1)
     unseen = blocked.all(-2).unsqueeze(-1)               # (..., Tk, 1)
-    query = query.masked_fill(empty, 0.0)        # what sees nothing and what
-    key = key.masked_fill(unseen, 0.0)           # nobody sees becomes 0, so
-    value = value.masked_fill(unseen, 0.0)       # that garbage in pads stays
+    if unseen.shape[-3] > key.shape[-3]:
+        unseen = unseen.unflatten(-3, (key.shape[-3], -1)).all(-3)
+    return (query.masked_fill(empty, 0.0), key.masked_fill(unseen, 0.0),
+            value.masked_fill(unseen, 0.0), attn_mask, empty)
+
+# %% ../nbs/02_causal.ipynb #fused-attention
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor,
+                     attn_mask: Tensor | None, empty: Tensor | None, *,
+                     is_causal: bool, **options) -> Tensor:
+    """PyTorch's fused function; rows that are ``empty`` give 0."""
+    if attn_mask is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal,
+            **options)                                   # (..., Tq, Dv)
+    if attn_mask.dtype == torch.bool:
+        attn_mask = attn_mask | empty
+    else:
+        attn_mask = attn_mask.masked_fill(empty, 0.0)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask, **options)         # (..., Tq, Dv)
+    return out.masked_fill(empty, 0.0)                   # (..., Tq, Dv)
+
+# %% ../nbs/02_causal.ipynb #attend
+def _attend(query: Tensor, key: Tensor, value: Tensor,
+            attn_mask: Tensor | None, *, is_causal: bool,
+            dropout_p: float, return_weights: bool
+            ) -> tuple[Tensor, Tensor | None]:
+    """One of the two roads: readable with weights, fused without.
+
+    If it is causal, the last query is the one that sees the last key.
+    """
+    _check_probability("dropout_p", dropout_p)
+    readable = return_weights or dropout_p == 1      # kernels want p < 1
+    attn_mask, is_causal = _join_masks(
+        query, key, attn_mask, is_causal=is_causal, as_mask=readable,
+        offset=key.shape[-2] - query.shape[-2])
+    empty = None
+    if attn_mask is not None:
+        query, key, value, attn_mask, empty = _hide_unseen(
+            query, key, value, attn_mask)
     if readable:
         out, weights = attention(query, key, value, attn_mask, dropout_p)
         return out, weights if return_weights else None
     return _fused_attention(query, key, value, attn_mask, empty,
-                            dropout_p), None
+                            is_causal=is_causal, dropout_p=dropout_p), None
 
 # %% ../nbs/02_causal.ipynb #causal-self-attention
 class CausalSelfAttention(SelfAttention):
@@ -410,7 +445,7 @@ def mask_from_mha(attn_mask: Tensor | None = None,
     if attn_mask.device != key_padding_mask.device:
         raise TypeError("attn_mask and key_padding_mask must share a device, "
                         f"got {attn_mask.device}, {key_padding_mask.device}")
-    batch = real.shape[0] if real.dim() == 4 else 1
+    batch = real.shape[0]
     fits = may.dim() == 2 or may.shape[0] == batch
     if may.shape[-1] != real.shape[-1] or not fits:
         raise ValueError(

@@ -6,6 +6,8 @@
 __all__ = ['attention', 'SelfAttention']
 
 # %% ../nbs/01_single_head.ipynb #export-imports
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,8 +61,11 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor,
         raise ValueError("leading sizes of query, key and value must "
                          f"broadcast, got {shapes}") from None
     _check_probability("dropout_p", dropout_p)
-    if scale is not None and not isinstance(scale, (int, float)):
+    if scale is not None and (isinstance(scale, bool) or not isinstance(
+            scale, (int, float, torch.SymFloat))):
         raise TypeError(f"scale must be a number, got {scale!r}")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
     shape = (*batch, query.shape[-2], key.shape[-2])
     if attn_mask is not None:
         _check_mask(attn_mask, shape, query.device)
@@ -89,7 +94,7 @@ def _check_mask(attn_mask: Tensor, want: tuple[int, ...],
                         f"got {attn_mask.device}")
     got = tuple(attn_mask.shape)
     fits = len(got) <= len(want) and all(
-        g in (1, w) for g, w in zip(got[::-1], want[::-1]))
+        g == 1 or g == w for g, w in zip(got[::-1], want[::-1]))
     if not fits:
         raise ValueError(f"attn_mask must broadcast to (..., Tq, Tk) = "
                          f"{want}, got {got}")
@@ -140,17 +145,26 @@ def attention(query: Tensor, key: Tensor, value: Tensor,
     return context.to(query.dtype), weights.to(query.dtype)
 
 # %% ../nbs/01_single_head.ipynb #check-tokens
-def _check_tokens(x: Tensor, weight: Tensor) -> None:
-    """Raise unless x is (..., T, d_in) and of the dtype of the weights."""
+def _check_tokens(x: Tensor, project: nn.Linear, name: str = "x",
+                  width: str = "d_in") -> None:
+    """Raise unless x is (..., T, width) and fits the weights."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError("x must be a floating-point tensor, got "
+        raise TypeError(f"{name} must be a floating-point tensor, got "
                         f"{getattr(x, 'dtype', type(x).__name__)}")
-    if x.dim() < 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must be (..., T, d_in={weight.shape[1]}), "
-                         f"got shape {tuple(x.shape)}")
+    if x.dim() < 2 or x.shape[-1] != project.in_features:
+        raise ValueError(f"{name} must be (..., T, {width}="
+                         f"{project.in_features}), got shape "
+                         f"{tuple(x.shape)}")
+    weight = project.weight
+    if not isinstance(weight, Tensor):       # a quantized layer
+        return
+    if x.device != weight.device:
+        raise TypeError(f"{name} must be on {weight.device} like the "
+                        f"weights, got {x.device}")
+    device_type = "cpu" if x.is_meta else x.device.type
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(
-            x.device.type):
-        raise TypeError(f"x must be {weight.dtype} like the weights, "
+            device_type):
+        raise TypeError(f"{name} must be {weight.dtype} like the weights, "
                         f"got {x.dtype}")
 
 # %% ../nbs/01_single_head.ipynb #self-attention
@@ -181,7 +195,7 @@ class SelfAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x, with an axis for the one head."""
-        _check_tokens(x, self.q_proj.weight)
+        _check_tokens(x, self.q_proj)
         tokens = x[None].flatten(0, -3)[:, None]             # (B, 1, T, D)
         return self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens)
 

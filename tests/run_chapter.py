@@ -56,6 +56,8 @@ def all_killed_by_cells(bugs):
         start = {"__name__": "__main__"}
         assert run(cells[:first], start) is None
         rng = torch.get_rng_state()
+        failed = run(cells[first:], dict(start))
+        assert failed is None, f"cell {failed} of {notebook.name} fails without a bug"
         for bug, spot in spots.items():
             name, source = cells[spot]
             broken = [*cells[first:spot], (name, bug.plant(source)), *cells[spot + 1:]]
