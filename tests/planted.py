@@ -156,16 +156,19 @@ BUGS += [
     causal("layer: either mask is enough", "return attn_mask & causal ", "return attn_mask | causal "),
     causal("layer: a float mask replaces the causal one", "return torch.where(causal, attn_mask, -torch.inf)    # (..., Tq, Tk)",
            "return attn_mask + 0 * causal                        # (..., Tq, Tk)"),
-    causal("layer: causal only without weights", "or return_weights\n                      or q_len", "or q_len"),
-    causal("layer: the mask is not cut to the length", "causal = causal_mask(q_len, kv_len, device=query.device)",
-           "causal = causal_mask(q_len + 3, kv_len + 3, device=query.device)"),
-    causal("layer: the caller's mask is ignored", "attn_mask = _and_causal(attn_mask, causal)",
-           "attn_mask = causal"),
+    causal("layer: causal only without weights", "readable = return_weights or dropout_p == 1      # kernels want p < 1\n"
+           "    attn_mask, is_causal = _join_masks(\n        query, key, attn_mask, is_causal=is_causal, as_mask=readable,",
+           "readable = return_weights or dropout_p == 1\n"
+           "    attn_mask, is_causal = _join_masks(\n        query, key, attn_mask, is_causal=is_causal, as_mask=False,"),
+    causal("layer: the mask is not cut to the length", "causal = causal_mask(q_len, kv_len, offset=offset, device=query.device)",
+           "causal = causal_mask(q_len + 3, kv_len + 3, offset=offset, device=query.device)"),
+    causal("layer: the caller's mask is ignored", "return _and_causal(attn_mask, causal), False", "return causal, False"),
     causal("layer: a bias of -1e9 swallows the scores", "bias = bias - bias.detach().amax(-1, keepdim=True) ",
            "bias = bias - 0 "),
     causal("layer: empty row reads what it may not", "return out.masked_fill(empty, 0.0)                   # (..., Tq, Dv)",
            "return out                                           # (..., Tq, Dv)"),
-    causal("layer: garbage in the pads gets through", "value = value.masked_fill(unseen, 0.0) ", "value = value + 0 "),
+    causal("layer: garbage in the pads gets through", "            value.masked_fill(unseen, 0.0), attn_mask, empty)",
+           "            value + 0, attn_mask, empty)"),
     causal("layer: not causal at all", "attn_mask, is_causal=True,", "attn_mask, is_causal=False,"),
     causal("layer: dropout not passed on", "dropout_p=dropout_p,\n                               return_weights=return_weights)",
            "dropout_p=0.0,\n                               return_weights=return_weights)"),
@@ -190,6 +193,178 @@ BUGS += [
             "        self.context_length = context_length\n"
             '        self.register_buffer("mask", torch.ones(context_length, context_length))\n'),
     dropout("qkv_bias is ignored", "super().__init__(d_in, d_out, qkv_bias)", "super().__init__(d_in, d_out)"),
+]
+
+
+def wrapper(name, old, new):
+    return Bug(name, "multi_head_wrapper", old, new)
+
+
+def multi(name, old, new):
+    return Bug(name, "multi_head", old, new)
+
+
+ONE_HEAD = "CausalAttention(d_in, d_out, context_length, dropout, qkv_bias)"
+BUGS += [
+    wrapper("heads share one module", f"nn.ModuleList(\n            {ONE_HEAD}\n            for _ in range(num_heads))",
+            f"nn.ModuleList(\n            [{ONE_HEAD}] * num_heads)"),
+    wrapper("the mask of head 0 for all heads", "masks = attn_mask.split(1, dim=-3) ",
+            "masks = [attn_mask[..., :1, :, :]] * H "),
+    wrapper("masks of the heads in reverse", "zip(self.heads, masks)", "zip(self.heads, masks[::-1])"),
+    wrapper("masks for each head only without a batch axis", "attn_mask.dim() > 2 and", "attn_mask.dim() == 3 and"),
+    wrapper("mask ignored where weights are asked for", "head(x, attn_mask=mask,",
+            "head(x, attn_mask=None if return_weights else mask,"),
+    wrapper("weights stacked before the batch", "torch.stack(weights, dim=-3)", "torch.stack(weights, dim=0)"),
+    wrapper("columns of the heads interleaved", "return torch.cat(found, dim=-1) ",
+            "return torch.stack(found, dim=-1).flatten(-2) "),
+    wrapper("heads in reverse where weights are asked for", "return torch.cat(outs, dim=-1)",
+            "return torch.cat(outs[::-1], dim=-1)"),
+    wrapper("heads without dropout", ONE_HEAD, "CausalAttention(d_in, d_out, context_length, 0.0, qkv_bias)"),
+    wrapper("heads without the biases asked for", ONE_HEAD, "CausalAttention(d_in, d_out, context_length, dropout)"),
+    wrapper("widths of input and head swapped", ONE_HEAD, "CausalAttention(d_out, d_in, context_length, dropout, qkv_bias)"),
+]
+
+CUT = "x = x.unflatten(-1, (num_heads, wide))               # (..., T, H, Dh)\n    return x.transpose(-3, -2) "
+JOIN = "return x.transpose(-3, -2).flatten(-2) "
+CAUSAL = "is_causal = self.is_causal and key is None"
+BUGS += [
+    multi("split: view without the transpose", CUT, "return x.reshape(*x.shape[:-2], num_heads, x.shape[-2], wide) "),
+    multi("split: every H-th column instead of a block", "x.unflatten(-1, (num_heads, wide)) ",
+          "x.unflatten(-1, (wide, num_heads)).mT "),
+    multi("split: a copy instead of a view", "return x.transpose(-3, -2)   ", "return x.transpose(-3, -2).clone()   "),
+    multi("merge: heads not transposed back", JOIN, "return x.reshape(*x.shape[:-3], x.shape[-2], -1) "),
+    multi("merge: columns of the heads interleaved", JOIN, "return x.movedim(-3, -1).flatten(-2) "),
+    multi("scores scaled by the width of all heads", "q = split_heads(self.q_proj(query), H) ",
+          "q = split_heads(self.q_proj(query), H) * H ** -0.5 "),
+    multi("keys and values swapped", "q, k, v, attn_mask,", "q, v, k, attn_mask,"),
+    multi("values read through the matrix of the keys", "split_heads(self.v_proj(value), H) ",
+          "split_heads(self.k_proj(value), H) "),
+    multi("output matrix forgotten", "out = self.o_proj(merge_heads(context)) ", "out = merge_heads(context) "),
+    multi("self-attention sees its future", CAUSAL, "is_causal = False"),
+    multi("self-attention causal whatever the module says", CAUSAL, "is_causal = key is None"),
+    multi("cross-attention causal by default", CAUSAL, "is_causal = self.is_causal"),
+    multi("is_causal=False overruled", "if is_causal is None:", "if not is_causal:"),
+    multi("causality only without a mask", "q, k, v, attn_mask, is_causal=is_causal,",
+          "q, k, v, attn_mask, is_causal=is_causal and attn_mask is None,"),
+    multi("mask ignored where weights are asked for too", "q, k, v, attn_mask,",
+          "q, k, v, None if return_weights else attn_mask,"),
+    multi("weights averaged over the heads", "weights = weights.reshape(",
+          "weights = weights.mean(1, keepdim=True).expand_as(weights).reshape("),
+    multi("fused function never used", "return_weights=return_weights)\n        out = self.o_proj",
+          "return_weights=True)\n        weights = weights if return_weights else None\n        out = self.o_proj"),
+    multi("the mask of the first head for all", "q, k, v, attn_mask,",
+          "q, k, v, attn_mask if attn_mask is None or attn_mask.dim() < 3 else attn_mask[..., :1, :, :],"),
+    multi("value defaults to the query", "value = key if value is None else value",
+          "value = query if value is None else value"),
+    multi("value without key accepted", "if key is None and value is not None:", "if False:"),
+    multi("width of the keys ignored", "nn.Linear(k_in, d_out, bias=qkv_bias)", "nn.Linear(d_in, d_out, bias=qkv_bias)"),
+    multi("width of the values defaults to that of the queries", "v_in = k_in if v_in is None", "v_in = d_in if v_in is None"),
+    multi("qkv_bias ignored for the values", "nn.Linear(v_in, d_out, bias=qkv_bias)", "nn.Linear(v_in, d_out, bias=False)"),
+    multi("out_bias ignored", "nn.Linear(d_out, d_out, bias=out_bias)", "nn.Linear(d_out, d_out)"),
+    multi("matrices created in another order", "self.q_proj = nn.Linear(d_in, d_out, bias=qkv_bias)\n"
+          "        self.k_proj = nn.Linear(k_in, d_out, bias=qkv_bias)",
+          "self.k_proj = nn.Linear(k_in, d_out, bias=qkv_bias)\n"
+          "        self.q_proj = nn.Linear(d_in, d_out, bias=qkv_bias)"),
+    multi("weights dropped in evaluation too", "self.dropout.p if self.dropout.training else 0.0", "self.dropout.p"),
+    multi("weights never dropped", "self.dropout.p if self.dropout.training else 0.0", "0.0"),
+    multi("context_length not checked for keys", "if most is not None and", 'if most is not None and name == "query" and'),
+    multi("context_length refused when reached", "x.shape[-2] > most:", "x.shape[-2] >= most:"),
+    multi("unequal batches accepted", "if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:", "if False:"),
+    multi("num_heads need not divide d_out", "if d_out % num_heads:", "if False:"),
+    multi("from_torch: matrices in another order", 'for x, w in zip("qkv", weights)}\n    if layer.in_proj_bias',
+          'for x, w in zip("kqv", weights)}\n    if layer.in_proj_bias'),
+    multi("from_torch: biases in another order", 'zip("qkv", biases)', 'zip("kqv", biases)'),
+    multi("from_torch: weights shared, not copied", "x.detach().clone() for name", "x.detach() for name"),
+    multi("from_torch: dropout lost", "layer.dropout, layer.num_heads,", "0.0, layer.num_heads,"),
+    multi("from_torch: always in training", "return ours.train(layer.training)", "return ours"),
+    multi("from_torch: always causal", "is_causal=is_causal)\n        ours", "is_causal=True)\n        ours"),
+    multi("from_torch: extra key accepted", "if layer.bias_k is not None or layer.add_zero_attn:", "if layer.add_zero_attn:"),
+    multi("to_torch: biases become zeros", "else p.bias.detach().clone()", "else torch.zeros_like(p.bias)"),
+    multi("to_torch: output matrix shared, not copied", "layer.o_proj.weight.detach().clone()",
+          "layer.o_proj.weight.detach()"),
+    multi("to_torch: output matrix transposed", "layer.o_proj.weight.detach().clone()",
+          "layer.o_proj.weight.detach().T.clone()"),
+    multi("to_torch: keys before queries", "projections = (layer.q_proj, layer.k_proj, layer.v_proj)",
+          "projections = (layer.k_proj, layer.q_proj, layer.v_proj)"),
+    multi("to_torch: length before batch", "batch_first=True, device", "batch_first=False, device"),
+]
+
+
+def grouped(name, old, new):
+    return Bug(name, "grouped_query", old, new)
+
+
+FOLD = "return x.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)"
+FOLD_MASK = "return _fold(attn_mask.expand(-1, H, Tq, -1), num_kv_heads)"
+POOL = 'heads = heads.mean(1) if method == "mean" else heads[:, 0].clone()'
+BYTES = "return 2 * math.prod(sizes.values()) * dtype.itemsize"
+BUGS += [
+    grouped("repeat for repeat_interleave", "return x.repeat_interleave(group_size, dim=-3) ",
+            "return torch.cat([x] * group_size, -3) "),
+    grouped("repeat_kv copies tokens instead of heads", "x.repeat_interleave(group_size, dim=-3) ",
+            "x.repeat_interleave(group_size, dim=-2) "),
+    grouped("groups folded in the other order", FOLD,
+            "return x.unflatten(1, (-1, num_kv_heads)).transpose(1, 2).flatten(2, 3)"),
+    grouped("mask per head folded in the other order", FOLD_MASK,
+            "mask = attn_mask.expand(-1, H, Tq, -1)\n"
+            "    return mask.unflatten(1, (-1, num_kv_heads)).transpose(1, 2).flatten(2, 3)"),
+    grouped("grouped: offset ignored", "is_causal=is_causal, offset=offset,", "is_causal=is_causal, offset=0,"),
+    grouped("grouped: aligned to the lower right corner", "is_causal=is_causal, offset=offset,",
+            "is_causal=is_causal, offset=key.shape[2] - Tq,"),
+    grouped("one query always sees all keys", "attn_mask, is_causal=is_causal, offset=offset,",
+            "attn_mask, is_causal=is_causal and Tq > 1, offset=offset,"),
+    grouped("the kernel's causality on folded rows", "as_mask = fold or", "as_mask ="),
+    grouped("scale lost on the fused road", "is_causal=is_causal, **options)\n    out",
+            'is_causal=is_causal, **{**options, "scale": None})\n    out'),
+    grouped("scale lost with weights", "attention(query, key, value, attn_mask, **options)",
+            "attention(query, key, value, attn_mask, dropout_p)"),
+    grouped("weights of a group token by token", "weights.reshape(B, H, Tq, key.shape[2])    # (B, H, Tq, Tk)",
+            "weights.reshape(\n            B, Hkv, Tq, H // Hkv, key.shape[2]).transpose(2, 3).flatten(1, 2)"),
+    grouped("keys and values copied on the hot path", "elif H != Hkv and not _reads_groups(query, value, attn_mask):",
+            "elif H != Hkv:"),
+    grouped("a query that sees nothing gives NaN", "out.reshape(B, H, Tq, value.shape[3]).to(dtype) ",
+            "(out / (out != 0).any(-1, keepdim=True)).reshape(B, H, Tq, -1).to(dtype) "),
+    grouped("dropout of weights in eval", "self.dropout.p if self.dropout.training else 0.0,", "self.dropout.p,"),
+    grouped("the two dropouts swapped", "nn.Dropout(dropout)\n        self.out_dropout = nn.Dropout(out_dropout)",
+            "nn.Dropout(out_dropout)\n        self.out_dropout = nn.Dropout(dropout)"),
+    grouped("out_dropout forgotten", "        out = self.out_dropout(out)\n", ""),
+    grouped("head_dim ignored", "if head_dim is None:\n            if d_model % num_heads:",
+            "if True:\n            if head_dim is None and d_model % num_heads:"),
+    grouped("keys as wide as the queries", "self.k_proj = nn.Linear(d_model, narrow,",
+            "self.k_proj = nn.Linear(d_model, wide,"),
+    grouped("grouped: biases always on", "self.v_proj = nn.Linear(d_model, narrow, bias=qkv_bias)",
+            "self.v_proj = nn.Linear(d_model, narrow, bias=True)"),
+    grouped("grouped: no bias at the end", "bias=out_bias)\n        self.dropout", "bias=False)\n        self.dropout"),
+    grouped("is_causal of the layer ignored", "is_causal=self.is_causal,", "is_causal=True,"),
+    grouped("mean over members of other groups", "heads = weight.unflatten(0, (layer.num_kv_heads, -1, layer.head_dim))",
+            "heads = weight.unflatten(0, (-1, layer.num_kv_heads, layer.head_dim)).transpose(0, 1)"),
+    grouped("last head of a group for the first", POOL, POOL.replace("[:, 0]", "[:, -1]")),
+    grouped("biases of the first head, not their mean", POOL, POOL.replace('== "mean"', '== "mean" and weight.dim() == 2')),
+    grouped("conversion shares memory", "new[name] = x.clone()", "new[name] = x"),
+    grouped("conversion loses out_dropout", 'out_dropout=getattr(layer, "out_dropout", nn.Dropout(0)).p)', "out_dropout=0.0)"),
+    grouped("cache: keys without values", BYTES, BYTES.replace("2 * ", "")),
+    grouped("cache: two bytes whatever the dtype", BYTES, BYTES.replace("dtype.itemsize", "2")),
+    grouped("rows of a group folded token by token", FOLD,
+            "return x.unflatten(1, (num_kv_heads, -1)).transpose(2, 3).flatten(2, 3)"),
+    grouped("mask of the first query head for its group", FOLD_MASK,
+            "mask = attn_mask.expand(-1, H, Tq, -1).unflatten(1, (num_kv_heads, -1))\n"
+            "    return mask[:, :, :1].expand(mask.shape).flatten(2, 3)"),
+    grouped("grouped: default offset 1", "offset: int | Tensor = 0,", "offset: int | Tensor = 1,"),
+    grouped("weights made when nobody asks", "readable = return_weights or dropout_p == 1 ", "readable = True "),
+    grouped("more KV heads than query heads pass", "or q[1] % k[1]:", "or q[1] % k[1] and k[1] % q[1]:"),
+    grouped("out_dropout before the projection", "out = self.o_proj(merge_heads(context))              # (B, T, D)\n"
+            "        out = self.out_dropout(out)\n", "out = self.o_proj(self.out_dropout(merge_heads(context)))\n"),
+    grouped("the layer loses the caller's mask", "            q, k, v, attn_mask, is_causal",
+            "            q, k, v, None, is_causal"),
+    grouped("mean where the first was asked for", POOL, "heads = heads.mean(1)"),
+    grouped("values not pooled with the keys", "_pool_heads(x, grouped, method)",
+            '_pool_heads(x, grouped, method if name[0] == "k" else "first")'),
+    grouped("conversion shares memory of the first head", "heads[:, 0].clone()", "heads[:, 0]"),
+    grouped("random keeps the old heads", 'elif method != "random":', "else:"),
+    grouped("conversion loses the mode", "return grouped.train(layer.training)", "return grouped"),
+    grouped("conversion loses is_causal", "dropout=layer.dropout.p, is_causal=layer.is_causal,", "dropout=layer.dropout.p,"),
+    grouped("cache: bits for bytes", BYTES, BYTES + " * 8"),
+    grouped("cache: batch_size forgotten", ',\n             "batch_size": batch_size}', "}"),
 ]
 
 

@@ -8,6 +8,9 @@ import torch
 
 from attn_nb.causal import causal_mask, mask_from_mha, padding_mask
 from attn_nb.dropout import CausalAttention
+from attn_nb.grouped_query import GroupedQueryAttention, grouped_attention, repeat_kv
+from attn_nb.multi_head import MultiHeadAttention
+from attn_nb.multi_head_wrapper import MultiHeadAttentionWrapper
 from attn_nb.plot import plot_attention, slider_bars
 from attn_nb.single_head import SelfAttention, attention
 
@@ -80,6 +83,13 @@ def test_every_shape_comment_of_the_package_has_run():
     for mask in (None, real, torch.randn(4, 4)):
         for weights_too in (False, True):
             layer(query, attn_mask=mask, return_weights=weights_too)
+    for weights_too in (False, True):
+        MultiHeadAttentionWrapper(8, 3, 4, 0.5, num_heads=2)(query, return_weights=weights_too)
+        MultiHeadAttention(8, 6, 6, 0.5, num_heads=2, v_in=3)(query, key, value, return_weights=weights_too)
+        GroupedQueryAttention(8, 4, 2)(query, return_weights=weights_too)
+    heads = torch.randn(2, 6, 4, 8)
+    repeat_kv(heads, 2)
+    grouped_attention(heads[:, :, :1], heads[:, :3], heads[:, :3], real)
     for path in MODULES:
         wanted = {(path.name, line) for line in shape_comments.comments(path.read_text(), path.name)}
         assert wanted <= shape_comments.SEEN, f"never executed: {sorted(wanted - shape_comments.SEEN)}"
