@@ -4,10 +4,13 @@
 
 ATTN_NB_PLANT=<name> makes the test suite import the package with that bug in it (see conftest.py).
 """
+import contextlib
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -369,20 +372,47 @@ BUGS += [
 
 
 def killed_by_tests(bug):
-    """The first test that fails with the bug planted, or None."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", f"tests/test_{bug.module}.py", "-x", "-q", "-m", "not slow", "-p",
-         "no:cacheprovider", "-p", "no:anyio", "--assert=plain", "--no-header", "--tb=no", "-o", "addopts="],
-        cwd=ROOT, env={**os.environ, "ATTN_NB_PLANT": bug.name, "CI": ""}, capture_output=True, text=True)
-    if done.returncode == 0:
+    """The first test that fails with the bug planted, or None. In a forked process: torch is loaded, the package is not."""
+    import pytest
+
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if child == 0:
+            os.dup2(said.fileno(), 1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            os.environ.update(ATTN_NB_PLANT=bug.name, CI="")
+            options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:anyio", "--assert=plain",
+                       "--no-header", "--tb=no", "-o", "addopts="]
+            code = 99
+            with contextlib.suppress(BaseException):
+                code = int(pytest.main([f"tests/test_{bug.module}.py", *options]))
+                sys.stdout.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        found = re.search(r"^FAILED \S+?::(\w+)", said.read().decode(), flags=re.M)
+    if code == 0:
         return None
-    found = re.search(r"^FAILED \S+?::(\w+)", done.stdout, flags=re.M)
     return found[1] if found else "import"
 
 
 def all_killed_by_tests():
+    """Name of each bug -> the test; asked of a fresh process, which has not loaded the package."""
+    done = subprocess.run([sys.executable, "tests/planted.py", "--tests"], cwd=ROOT, check=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_killed_by_tests():
+    # what the children need, loaded once; single threads survive a fork
+    import hypothesis  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    torch.set_num_threads(1)
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip((b.name for b in BUGS), pool.map(killed_by_tests, BUGS)))
+        print(json.dumps(dict(zip((b.name for b in BUGS), pool.map(killed_by_tests, BUGS)))))
 
 
 def report(chapter, tests):
@@ -394,9 +424,12 @@ def report(chapter, tests):
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["--tests"]:
+    print_killed_by_tests()
+elif __name__ == "__main__":
+    import planted  # under its own name, so that other processes find it
     from run_chapter import all_killed_by_cells
 
     REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(report(all_killed_by_cells(BUGS), all_killed_by_tests()))
+    REPORT.write_text(report(all_killed_by_cells(planted.BUGS), all_killed_by_tests()))
     print(REPORT.read_text())

@@ -1,8 +1,10 @@
 """Run a chapter's cells in plain Python, with a bug planted in the exported ones: which cell notices?"""
 import contextlib
 import io
+import multiprocessing
 import warnings
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -44,23 +46,31 @@ def values_after(notebook, ids):
     return namespace
 
 
+def killed_in(notebook, bugs):
+    """Name of each bug of one chapter -> id of the cell that fails when it is planted, or None."""
+    torch.set_num_threads(1)
+    killed, cells = {}, code_cells(notebook)
+    spots = {bug: next(n for n, (_, source) in enumerate(cells) if bug.old in source) for bug in bugs}
+    first = min(spots.values())
+    start = {"__name__": "__main__"}
+    assert run(cells[:first], start) is None
+    rng = torch.get_rng_state()
+    failed = run(cells[first:], dict(start))
+    assert failed is None, f"cell {failed} of {notebook.name} fails without a bug"
+    for bug, spot in spots.items():
+        name, source = cells[spot]
+        broken = [*cells[first:spot], (name, bug.plant(source)), *cells[spot + 1:]]
+        torch.set_rng_state(rng)
+        killed[bug.name] = run(broken, dict(start))
+    return killed
+
+
 def all_killed_by_cells(bugs):
-    """Name of each bug -> id of the cell that fails when it is planted (None: the whole chapter passes)."""
-    killed, by_notebook = {}, defaultdict(list)
+    """The same for all bugs, two chapters at a time."""
+    by_notebook, killed = defaultdict(list), {}
     for bug in bugs:
         by_notebook[bug.notebook].append(bug)
-    for notebook, planted in by_notebook.items():
-        cells = code_cells(notebook)
-        spots = {bug: next(n for n, (_, source) in enumerate(cells) if bug.old in source) for bug in planted}
-        first = min(spots.values())
-        start = {"__name__": "__main__"}
-        assert run(cells[:first], start) is None
-        rng = torch.get_rng_state()
-        failed = run(cells[first:], dict(start))
-        assert failed is None, f"cell {failed} of {notebook.name} fails without a bug"
-        for bug, spot in spots.items():
-            name, source = cells[spot]
-            broken = [*cells[first:spot], (name, bug.plant(source)), *cells[spot + 1:]]
-            torch.set_rng_state(rng)
-            killed[bug.name] = run(broken, dict(start))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(killed_in, by_notebook, by_notebook.values()):
+            killed |= found
     return killed

@@ -982,3 +982,22 @@ def test_a_mask_that_comes_later_compiles():
     for length, mask in ((3, None), (4, torch.rand(4, 4) > 0.3), (5, torch.rand(5, 5) > 0.3)):
         x = torch.randn(2, length, 8)
         assert_close(compiled(x, attn_mask=mask), layer(x, attn_mask=mask))
+
+
+def test_what_generated_bugs_got_through():
+    mine = MultiHeadAttention(1, 1, None, 0.0, 1, True, out_bias=False)
+    assert not mine.to_torch().out_proj.bias.any()                               # a width of 1
+    wide = MultiHeadAttention(int("300"), int("300"), None, 0.0, 2)              # equal numbers, two objects
+    assert wide.to_torch().embed_dim == 300
+    for d_in, d_out in ((6, 12), (12, 6)):
+        with pytest.raises(ValueError, match=f"got d_in={d_in}, d_out={d_out}"):
+            MultiHeadAttention(d_in, d_out, None, 0.0, 2).to_torch()
+    with pytest.raises(TypeError):
+        MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2), 5)            # keywords only
+    layer, x = MultiHeadAttention(8, 8, None, 0.0, 2), torch.randn(2, 5, 8)
+    for value in (x[:1], torch.cat([x, x])):
+        with pytest.raises(ValueError, match="query, key and value must have the same leading sizes"):
+            layer(x, x, value)
+    for value in (x[:, :4], torch.cat([x, x], 1)):
+        with pytest.raises(ValueError, match="value must have one row per key"):
+            layer(x, x, value)
