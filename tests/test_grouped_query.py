@@ -1164,3 +1164,56 @@ def test_keys_after_the_last_query_leave_no_trace():
         out = grouped_attention(*tensors, is_causal=True)
         assert_close(out, grouped_attention(query, key[:, :, :3], value[:, :, :3], is_causal=True))
         assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (query, key, value)))
+
+
+@pytest.mark.parametrize("shapes", [
+    ((2, 6, 4, 8, 1), (2, 2, 5, 8), (2, 2, 5, 8)), ((2, 6, 4, 8), (2, 2, 5, 8, 1), (2, 2, 5, 8)),
+    ((2, 6, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8, 1)), ((2, 6, 4, 8, 1), (2, 2, 5, 8, 1), (2, 2, 5, 8, 1)),
+    ((2, 4, 8), (2, 5, 8), (2, 5, 8)), ((4, 8), (2, 2, 5, 8), (2, 2, 5, 8)), ((2, 6, 4, 8), (5, 8), (2, 2, 5, 8)),
+    ((2, 6, 4, 8), (2, 2, 5, 7), (2, 2, 5, 8)), ((2, 6, 4, 7), (2, 2, 5, 8), (2, 2, 5, 8)),
+])
+def test_any_other_rank_or_width_is_refused(shapes):
+    with pytest.raises(ValueError, match=r"query must be \(B, H, Tq, Dh\), key \(B, Hkv, Tk, Dh\) and value"):
+        grouped_attention(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize("Dh, Dv, version, reads", [
+    (64, 64, (8, 0), True), (256, 256, (9, 0), True), (257, 257, (9, 0), False), (64, 65, (9, 0), False),
+    (65, 64, (9, 0), False), (64, 64, (7, 5), False), (64, 64, (12, 0), True), (320, 320, (8, 9), False)])
+def test_which_widths_the_flash_kernel_reads(monkeypatch, Dh, Dv, version, reads):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
+    query, value = (SimpleNamespace(is_cuda=True, dtype=torch.float16, device="cuda:0", shape=(2, 4, 5, D)) for D in (Dh, Dv))
+    assert grouped_query._reads_groups(query, value, None) == reads
+
+
+@pytest.mark.parametrize("offset, kept", [(0, 3), (-1, 5), (1, 5)])
+def test_keys_after_the_last_query_are_cut_off(kernel, offset, kept):
+    """Where nobody sees them the kernel does not get them; another offset takes the road of masks."""
+    query, key, value = qkv(Tq=3, Tk=5)
+    out = grouped_attention(query, key, value, is_causal=True, offset=offset)
+    call = kernel.pop()
+    assert call.key.shape[2] == call.value.shape[2] == kept and (call.attn_mask is None) == (offset == 0) == call.is_causal
+    assert_close(out, oracle(query, key, value, None, is_causal=True, offset=offset), rtol=0, atol=1e-9)
+    grouped_attention(query, key[:, :, :2], value[:, :, :2], is_causal=True)
+    assert kernel.pop().key.shape[2] == 2
+    equal = qkv(Tq=3, Tk=3)
+    grouped_attention(*equal, is_causal=True)
+    assert kernel.pop().key is equal[1]
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 1.0])
+def test_a_positive_scale_keeps_the_causality_of_the_kernel(kernel, scale):
+    grouped_attention(*qkv(Tq=5), is_causal=True, scale=scale)
+    call = kernel.pop()
+    assert call.is_causal and call.attn_mask is None
+
+
+def test_methods_are_compared_by_value():
+    layer = GroupedQueryAttention(8, 4, 4)
+    mean = "".join(["me", "an"])                             # equal to "mean", another object
+    assert torch.equal(GroupedQueryAttention.from_multi_head(layer, 2, mean).k_proj.weight,
+                       GroupedQueryAttention.from_multi_head(layer, 2).k_proj.weight)
+    random = "".join(["ran", "dom"])
+    assert not torch.equal(GroupedQueryAttention.from_multi_head(layer, 4, random).k_proj.weight, layer.k_proj.weight)
+    wide = qkv(H=600, Hkv=300, Tq=2, Tk=2, Dh=2)             # numbers that are not one object
+    assert_close(grouped_attention(*wide, is_causal=True), oracle(*wide, None, is_causal=True), rtol=0, atol=1e-9)
