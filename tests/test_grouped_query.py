@@ -1171,6 +1171,8 @@ def test_keys_after_the_last_query_leave_no_trace():
     ((2, 6, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8, 1)), ((2, 6, 4, 8, 1), (2, 2, 5, 8, 1), (2, 2, 5, 8, 1)),
     ((2, 4, 8), (2, 5, 8), (2, 5, 8)), ((4, 8), (2, 2, 5, 8), (2, 2, 5, 8)), ((2, 6, 4, 8), (5, 8), (2, 2, 5, 8)),
     ((2, 6, 4, 8), (2, 2, 5, 7), (2, 2, 5, 8)), ((2, 6, 4, 7), (2, 2, 5, 8), (2, 2, 5, 8)),
+    ((2, 6, 4, 8, 1), (2, 2, 5, 8, 1), (2, 2, 5, 8)), ((2, 6, 4), (2, 2, 5, 8), (2, 2, 5, 8)),
+    ((2, 6, 4), (2, 2, 5), (2, 2, 5, 8)),
 ])
 def test_any_other_rank_or_width_is_refused(shapes):
     with pytest.raises(ValueError, match=r"query must be \(B, H, Tq, Dh\), key \(B, Hkv, Tk, Dh\) and value"):
@@ -1215,5 +1217,6 @@ def test_methods_are_compared_by_value():
                        GroupedQueryAttention.from_multi_head(layer, 2).k_proj.weight)
     random = "".join(["ran", "dom"])
     assert not torch.equal(GroupedQueryAttention.from_multi_head(layer, 4, random).k_proj.weight, layer.k_proj.weight)
+    assert grouped_attention(*qkv(Dh=300)).shape[-1] == 300
     wide = qkv(H=600, Hkv=300, Tq=2, Tk=2, Dh=2)             # numbers that are not one object
     assert_close(grouped_attention(*wide, is_causal=True), oracle(*wide, None, is_causal=True), rtol=0, atol=1e-9)

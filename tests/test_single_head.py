@@ -484,3 +484,34 @@ def test_all_dtype_pairs_are_refused_unless_equal():
     for a, b in itertools.permutations(DTYPES, 2):
         with pytest.raises(TypeError, match="share one dtype"):
             attention(query.to(a), key.to(b), value.to(b))
+
+
+@pytest.mark.parametrize("scale, error, words", [
+    (float("inf"), ValueError, "scale must be finite, got inf"), (float("-inf"), ValueError, "scale must be finite, got -inf"),
+    (float("nan"), ValueError, "scale must be finite, got nan"), (True, TypeError, "scale must be a number, got True"),
+    ("1", TypeError, "scale must be a number, got '1'")])
+def test_scales_that_are_no_numbers(scale, error, words):
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(error, match=words):
+        attention(x, x, x, scale=scale)
+    for finite in (-2.5, -1, 0, 0.0, 3e38):
+        assert attention(x, x, x, scale=finite)[0].shape == x.shape
+
+
+def test_the_layer_names_devices_and_dtypes():
+    layer, x = SelfAttention(4, 4), torch.randn(2, 3, 4)
+    with pytest.raises(TypeError, match="x must be on cpu like the weights, got meta"):
+        layer(x.to("meta"))
+    with pytest.raises(TypeError, match="x must be torch.float32 like the weights, got torch.float64"):
+        layer.to("meta")(x.double().to("meta"))
+    assert layer(x.to("meta")).shape == (2, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="x must be on meta"):
+        layer(x)
+
+
+def test_masks_are_compared_by_value():
+    x = torch.randn(1, 300, 4)
+    assert torch.equal(attention(x, x, x, torch.ones(int("300"), int("300")).bool())[0], attention(x, x, x)[0])
+    for shape in ((0,), (3, 0), (0, 3)):
+        with pytest.raises(ValueError, match="attn_mask must broadcast"):
+            attention(x[:, :3], x[:, :3], x[:, :3], torch.ones(shape).bool())
