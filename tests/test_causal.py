@@ -1,5 +1,6 @@
 """Masks and the causal head: against loops in plain Python, PyTorch and transformers, on the paths where silent errors live."""
 import copy
+import itertools
 import math
 
 import pytest
@@ -14,6 +15,9 @@ from torch.testing import assert_close
 from attn_nb.causal import (
     CausalSelfAttention,
     _attend,
+    _check_flag,
+    _hide_unseen,
+    _join_masks,
     _shift_bias,
     bias_to_mask,
     causal_mask,
@@ -861,3 +865,55 @@ def test_exports_with_free_length():
     program = torch.export.export(Masked(), (x, real), dynamic_shapes=({1: length}, {1: length}))
     real = (torch.arange(9) >= torch.tensor([[0], [4]])).long()
     assert_close(program.module()(longer, real), layer(longer, attn_mask=padding_mask(real)))
+
+
+@pytest.mark.parametrize("heads", [1, 6])
+def test_heads_that_share_a_key_all_hide_it(heads):
+    """A key is set to 0 if no query of any head of its group sees it; a query if it sees nothing."""
+    query, key, value = torch.randn(2, 6, 3, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 7)
+    mask = torch.rand(2, heads, 3, 5) > 0.5
+    mask[0, :, :, 1], mask[1, 0, 2] = False, False           # a key that nobody sees; a query that sees nothing
+    mask[1, :, :, 3] = False
+    if heads == 6:
+        mask[0, :3, :, 4], mask[0, 3, 0, 4] = False, True    # hidden from the first group only
+        mask[1, 4, 1, 3] = True
+    seen = mask.expand(2, 6, 3, 5)
+    for given in (mask, mask_to_bias(mask, torch.float32)):
+        q, k, v, joined, empty = _hide_unseen(query, key, value, given)
+        assert torch.equal(empty, ~mask.any(-1, keepdim=True)) and joined.shape == mask.shape
+        for b, h in itertools.product(range(2), range(6)):
+            for i in range(3):
+                assert torch.equal(q[b, h, i], query[b, h, i] * seen[b, h, i].any())
+        for b, j, t in itertools.product(range(2), range(2), range(5)):
+            visible = seen[b, 3 * j:3 * j + 3, :, t].any()
+            assert torch.equal(k[b, j, t], key[b, j, t] * visible) and torch.equal(v[b, j, t], value[b, j, t] * visible)
+
+
+@pytest.mark.parametrize("q_len, kv_len, offset, kernel", [
+    (4, 4, 0, True), (5, 3, 0, True), (3, 5, 0, False), (4, 4, -1, False), (4, 4, 1, False), (4, 4, 2, False),
+    (4, 4, 3, None), (4, 4, 9, None), (1, 6, 5, None), (1, 6, 4, False), (2, 7, 5, False), (2, 6, 6, None), (2, 8, 6, False)])
+def test_what_the_kernel_can_do_without_a_mask(q_len, kv_len, offset, kernel):
+    """True: its own causality; None: nothing is hidden; False: a mask with all axes."""
+    query, key = torch.randn(2, 3, q_len, 4), torch.randn(2, 3, kv_len, 4)
+    mask, is_causal = _join_masks(query, key, None, is_causal=True, offset=offset, as_mask=False)
+    assert is_causal == bool(kernel) and (mask is None) == (kernel is not False)
+    if mask is not None:
+        assert mask.shape == (1, 1, q_len, kv_len) and torch.equal(mask[0, 0], causal_mask(q_len, kv_len, offset=offset))
+    mask, is_causal = _join_masks(query, key, None, is_causal=True, offset=offset, as_mask=True)
+    assert not is_causal and (mask is None) == (kernel is None)
+    given = torch.rand(q_len, kv_len) > 0.5
+    mask, is_causal = _join_masks(query, key, given, is_causal=True, offset=offset, as_mask=False)
+    assert not is_causal and mask.shape == (1, 1, q_len, kv_len)
+    assert torch.equal(mask[0, 0], given & causal_mask(q_len, kv_len, offset=offset))
+    mask, is_causal = _join_masks(query, key, given[:, 0].any(), is_causal=False, offset=offset, as_mask=False)
+    assert not is_causal and mask.shape == (1, 1, 1, 1)
+    rows, is_causal = _join_masks(query, key, None, is_causal=True, offset=torch.tensor([offset, 0]), as_mask=False)
+    assert not is_causal and torch.equal(rows, causal_mask(q_len, kv_len, offset=torch.tensor([offset, 0])))
+
+
+def test_flags_are_true_or_false():
+    for flag in (True, False):
+        _check_flag("is_causal", flag)
+    for flag in (0, 1, None, "no", torch.tensor(True)):
+        with pytest.raises(TypeError, match="is_causal must be True or False, got"):
+            _check_flag("is_causal", flag)
