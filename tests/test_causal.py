@@ -870,22 +870,22 @@ def test_exports_with_free_length():
 @pytest.mark.parametrize("heads", [1, 6])
 def test_heads_that_share_a_key_all_hide_it(heads):
     """A key is set to 0 if no query of any head of its group sees it; a query if it sees nothing."""
-    query, key, value = torch.randn(2, 6, 3, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 7)
+    query, key, value = torch.randn(2, 6, 3, 4), torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 7)
     mask = torch.rand(2, heads, 3, 5) > 0.5
     mask[0, :, :, 1], mask[1, 0, 2] = False, False           # a key that nobody sees; a query that sees nothing
     mask[1, :, :, 3] = False
     if heads == 6:
-        mask[0, :3, :, 4], mask[0, 3, 0, 4] = False, True    # hidden from the first group only
+        mask[0, :2, :, 4], mask[0, 3, 0, 4] = False, True    # hidden from the first group only
         mask[1, 4, 1, 3] = True
     seen = mask.expand(2, 6, 3, 5)
-    for given in (mask, mask_to_bias(mask, torch.float32)):
-        q, k, v, joined, empty = _hide_unseen(query, key, value, given)
+    for form in (mask, mask_to_bias(mask, torch.float32)):
+        q, k, v, joined, empty = _hide_unseen(query, key, value, form)
         assert torch.equal(empty, ~mask.any(-1, keepdim=True)) and joined.shape == mask.shape
         for b, h in itertools.product(range(2), range(6)):
             for i in range(3):
                 assert torch.equal(q[b, h, i], query[b, h, i] * seen[b, h, i].any())
-        for b, j, t in itertools.product(range(2), range(2), range(5)):
-            visible = seen[b, 3 * j:3 * j + 3, :, t].any()
+        for b, j, t in itertools.product(range(2), range(3), range(5)):
+            visible = seen[b, 2 * j:2 * j + 2, :, t].any()
             assert torch.equal(k[b, j, t], key[b, j, t] * visible) and torch.equal(v[b, j, t], value[b, j, t] * visible)
 
 
@@ -901,11 +901,11 @@ def test_what_the_kernel_can_do_without_a_mask(q_len, kv_len, offset, kernel):
         assert mask.shape == (1, 1, q_len, kv_len) and torch.equal(mask[0, 0], causal_mask(q_len, kv_len, offset=offset))
     mask, is_causal = _join_masks(query, key, None, is_causal=True, offset=offset, as_mask=True)
     assert not is_causal and (mask is None) == (kernel is None)
-    given = torch.rand(q_len, kv_len) > 0.5
-    mask, is_causal = _join_masks(query, key, given, is_causal=True, offset=offset, as_mask=False)
+    may = torch.rand(q_len, kv_len) > 0.5
+    mask, is_causal = _join_masks(query, key, may, is_causal=True, offset=offset, as_mask=False)
     assert not is_causal and mask.shape == (1, 1, q_len, kv_len)
-    assert torch.equal(mask[0, 0], given & causal_mask(q_len, kv_len, offset=offset))
-    mask, is_causal = _join_masks(query, key, given[:, 0].any(), is_causal=False, offset=offset, as_mask=False)
+    assert torch.equal(mask[0, 0], may & causal_mask(q_len, kv_len, offset=offset))
+    mask, is_causal = _join_masks(query, key, may[:, 0].any(), is_causal=False, offset=offset, as_mask=False)
     assert not is_causal and mask.shape == (1, 1, 1, 1)
     rows, is_causal = _join_masks(query, key, None, is_causal=True, offset=torch.tensor([offset, 0]), as_mask=False)
     assert not is_causal and torch.equal(rows, causal_mask(q_len, kv_len, offset=torch.tensor([offset, 0])))
@@ -917,3 +917,9 @@ def test_flags_are_true_or_false():
     for flag in (0, 1, None, "no", torch.tensor(True)):
         with pytest.raises(TypeError, match="is_causal must be True or False, got"):
             _check_flag("is_causal", flag)
+
+
+def test_heads_are_told_from_other_axes():
+    """A mask for each of 4 heads, 2 KV heads; batch and length are larger."""
+    query, key, mask = torch.randn(7, 4, 2, 3), torch.randn(7, 2, 8, 3), torch.rand(7, 4, 2, 8) > 0.3
+    assert _hide_unseen(query, key, key, mask)[1].shape == key.shape
