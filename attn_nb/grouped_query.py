@@ -7,6 +7,7 @@ __all__ = ['repeat_kv', 'grouped_attention', 'GroupedQueryAttention', 'kv_cache_
 
 # %% ../nbs/06_grouped_query.ipynb #export-imports
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,8 @@ from .causal import (_check_flag, _check_length, _check_offset,
 from .multi_head import (MultiHeadAttention, _check_axes,
                                 merge_heads, split_heads)
 from .single_head import (_check_attention_inputs,
-                                 _check_probability, _check_tokens,
-                                 attention)
+                                 _check_mask, _check_probability,
+                                 _check_tokens, attention)
 
 # %% ../nbs/06_grouped_query.ipynb #repeat-kv
 def repeat_kv(x: Tensor, group_size: int) -> Tensor:
@@ -171,6 +172,64 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor,
     out = out.reshape(B, H, Tq, value.shape[3]).to(dtype)    # (B, H, Tq, Dv)
     return (out, weights) if return_weights else out
 
+# %% ../nbs/06_grouped_query.ipynb #rotate
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the points (i, i + half) of every head by their angles.
+
+    x is (B, H, T, Dh); cos and sin are (B or 1, T, half), one angle for
+    each token and point. Numbers from 2 * half on stay. In float32 at
+    least, rounded once.
+    """
+    half, dtype = cos.shape[-1], x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)      # (B, 1, T, Half)
+    first, second, rest = x.tensor_split((half, 2 * half), -1)
+    turned = torch.cat([first * cos - second * sin,
+                        second * cos + first * sin, rest], -1)
+    return turned.to(dtype)                              # (B, H, T, Dh)
+
+# %% ../nbs/06_grouped_query.ipynb #check-doors
+class _Cache(Protocol):
+    """Keeps keys and values between calls; see chapter 07."""
+
+    length: int
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append, and return all that is kept: (B, Hkv, Tk, Dh)."""
+
+
+def _check_rope(rope: tuple[Tensor, Tensor], x: Tensor) -> None:
+    """Raise unless rope is (cos, sin) for the tokens of x (B, H, T, Dh)."""
+    wanted = ("rope must be a pair (cos, sin) of float tensors "
+              "(B or 1, T, half)")
+    if not (isinstance(rope, tuple) and len(rope) == 2 and all(
+            isinstance(t, Tensor) and t.is_floating_point() for t in rope)):
+        raise TypeError(f"{wanted}, got {type(rope).__name__}")
+    (B, _, T, Dh), shapes = x.shape, [tuple(t.shape) for t in rope]
+    half = rope[0].shape[-1] if rope[0].dim() == 3 else Dh
+    if not (shapes[0] == shapes[1] in {(1, T, half), (B, T, half)}
+            and 2 * half <= Dh):
+        raise ValueError(f"{wanted} with B={B}, T={T} new tokens and half "
+                         f"at most head_dim / 2 = {Dh // 2}, got shapes "
+                         f"{shapes[0]} and {shapes[1]}")
+    if any(t.device != x.device for t in rope):
+        raise TypeError(f"rope must be on the device of x, {x.device}, got "
+                        f"{rope[0].device} and {rope[1].device}")
+
+
+def _check_cache(cache: _Cache, x: Tensor, attn_mask: Tensor | None) -> int:
+    """Tokens in the cache, before it is written; raise if the mask is bad.
+
+    x: queries (B, H, T, Dh).
+    """
+    if not (hasattr(cache, "length") and hasattr(cache, "update")):
+        raise TypeError("cache must have length and update, as KVCache has, "
+                        f"got {type(cache).__name__}")
+    if attn_mask is not None:
+        kv_len = cache.length + x.shape[2]
+        _check_mask(attn_mask, (*x.shape[:-1], kv_len), x.device)
+    return cache.length
+
 # %% ../nbs/06_grouped_query.ipynb #layer-class
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which query heads share KV heads.
@@ -231,29 +290,41 @@ class GroupedQueryAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out_dropout = nn.Dropout(out_dropout)
 
-    def forward(self, x: Tensor, *, attn_mask: Tensor | None = None,
+    def forward(self, x: Tensor, *,
+                rope: tuple[Tensor, Tensor] | None = None,
+                cache: _Cache | None = None,
+                attn_mask: Tensor | None = None,
                 return_weights: bool = False
                 ) -> Tensor | tuple[Tensor, Tensor]:
         """Let every token of ``x`` read from itself and earlier tokens.
 
         Args:
             x: (..., T, d_model), usually (B, T, d_model) or (T, d_model).
+            rope: (cos, sin) of the tokens of x, each (B or 1, T, half) with
+                half <= Dh / 2, as ``rope_cos_sin`` makes them (chapter 08).
+                Queries and keys are turned, values are not.
+            cache: a ``KVCache`` (chapter 07). The keys, turned, and the
+                values of x are appended to it, and x reads all Tk = past +
+                T that it then holds; token i of x is at place past + i.
             attn_mask: combined with the causal mask; broadcastable to
-                (B, H, T, T), where B counts all leading axes of x. Bool:
-                True = may attend. Float: added to the scaled scores, -inf
-                forbids. With a mask, memory grows with T * T.
+                (B, H, T, Tk), where B counts all leading axes of x, and
+                Tk = T without a cache. Bool: True = may attend. Float:
+                added to the scaled scores, -inf forbids. With a mask,
+                memory grows with T * Tk.
             return_weights: also return the weights of each query head,
-                before dropout; slower, and memory grows with T * T.
+                before dropout; slower, and memory grows with T * Tk.
         Returns:
             (..., T, d_model); with return_weights a pair with the weights
-            (..., H, T, T). The heads of a token that may attend to nothing
+            (..., H, T, Tk). The heads of a token that may attend to nothing
             give 0, so its output is the bias of o_proj, or 0. A hidden
             score must not overflow, as in ``CausalSelfAttention``.
         Raises:
             TypeError: x is not floating point or does not fit the weights'
-                dtype and device, or attn_mask is neither bool nor float.
-            ValueError: x is not (..., T, d_model), or attn_mask does not
-                broadcast.
+                dtype and device, rope is no pair of tensors, cache is no
+                cache, or attn_mask is neither bool nor float.
+            ValueError: x is not (..., T, d_model), rope does not fit x,
+                the cache is too short or of another shape, or attn_mask
+                does not broadcast. The cache is then as it was.
         """
         _check_tokens(x, self.q_proj, width="d_model")
         lead, Hkv = x.shape[:-1], self.num_kv_heads          # ..., T
@@ -262,8 +333,15 @@ class GroupedQueryAttention(nn.Module):
                         self.num_heads)                  # (B, H, T, Dh)
         k = split_heads(self.k_proj(tokens), Hkv)        # (B, Hkv, T, Dh)
         v = split_heads(self.v_proj(tokens), Hkv)        # (B, Hkv, T, Dh)
+        if rope is not None:
+            _check_rope(rope, q)
+            q, k = _rotate(q, *rope), _rotate(k, *rope)
+        offset = 0
+        if cache is not None:
+            offset = _check_cache(cache, q, attn_mask)
+            k, v = (kept.to(q.dtype) for kept in cache.update(k, v))
         result = grouped_attention(
-            q, k, v, attn_mask, is_causal=self.is_causal,
+            q, k, v, attn_mask, is_causal=self.is_causal, offset=offset,
             dropout_p=self.dropout.p if self.dropout.training else 0.0,
             return_weights=return_weights)
         context, weights = result if return_weights else (result, None)
@@ -273,7 +351,7 @@ class GroupedQueryAttention(nn.Module):
         if weights is None:
             return out
         weights = weights.reshape(
-            *lead[:-1], *weights.shape[1:])              # (..., H, T, T)
+            *lead[:-1], *weights.shape[1:])              # (..., H, T, Tk)
         return out, weights
 
     @classmethod
