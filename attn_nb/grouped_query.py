@@ -151,12 +151,14 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor,
         as_mask=as_mask)
     options = {"dropout_p": dropout_p, "scale": scale}
     empty = None
-    if attn_mask is not None:
+    if Tq == 1 and attn_mask is not None and attn_mask.dtype == torch.bool:
+        readable = True      # few scores: fill them, copy no keys to hide
+    elif attn_mask is not None:
         query, key, value, attn_mask, empty = _hide_unseen(
             query, key, value, attn_mask)
     if fold and attn_mask is not None:
-        attn_mask, empty = (_fold_mask(mask, query, Hkv)
-                            for mask in (attn_mask, empty))
+        attn_mask, empty = (None if mask is None else _fold_mask(
+            mask, query, Hkv) for mask in (attn_mask, empty))
     if fold:
         query = _fold(query, Hkv)                        # (B, Hkv, Rows, Dh)
     elif H != Hkv and not _reads_groups(query, value, attn_mask):
@@ -207,8 +209,8 @@ def _check_rope(rope: tuple[Tensor, Tensor], x: Tensor) -> None:
         raise TypeError(f"{wanted}, got {type(rope).__name__}")
     (B, _, T, Dh), shapes = x.shape, [tuple(t.shape) for t in rope]
     half = rope[0].shape[-1] if rope[0].dim() == 3 else Dh
-    if not (shapes[0] == shapes[1] in {(1, T, half), (B, T, half)}
-            and 2 * half <= Dh):
+    fits = shapes[0] == shapes[1] in ((1, T, half), (B, T, half))
+    if not fits or 2 * half > Dh:
         raise ValueError(f"{wanted} with B={B}, T={T} new tokens and half "
                          f"at most head_dim / 2 = {Dh // 2}, got shapes "
                          f"{shapes[0]} and {shapes[1]}")

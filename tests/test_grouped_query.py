@@ -351,10 +351,10 @@ def test_a_prompt_needs_no_repeated_keys():
 
 
 def test_a_padding_mask_is_kept_small():
-    """For one query a mask without an axis for heads is not copied for each KV head; for a chunk not for each head."""
+    """For a chunk, a mask without an axis for heads is not copied for each head; one query makes its scores, and no more."""
     query, key, value = qkv(2, 8, 2, 6, 64, 2)
     pads = padding_mask(torch.tensor([64, 3]), 64)
-    for Tq, most in ((1, 2 * 4 * 64), (6, 2 * 6 * 64)):
+    for Tq, most in ((1, 2 * 8 * 64), (6, 2 * 6 * 64)):
         with Recorder() as recorder:
             grouped_attention(query[:, :, :Tq].contiguous(), key, value, pads, is_causal=True, offset=64 - Tq)
         assert max(recorder.made) <= max(most, key.numel())
@@ -373,6 +373,18 @@ def kernel(monkeypatch):
     return calls
 
 
+def test_a_mask_copies_no_keys_for_one_query():
+    """Serving a padded batch, each token would otherwise write the whole cache anew."""
+    query, key, value = qkv(1, 8, 2, 1, 512, 64, dtype=torch.float32)
+    mask = padding_mask(torch.tensor([500]), 512)
+    with Recorder() as recorder, torch.no_grad():
+        grouped_attention(query, key, value, mask, is_causal=True, offset=511)
+    assert max(recorder.made) == 8 * 512 < key.numel()
+    with Recorder() as recorder, torch.no_grad():        # control: an additive mask does
+        grouped_attention(query, key, value, torch.zeros(512))
+    assert key.numel() in recorder.made
+
+
 @pytest.mark.parametrize("Hkv", [1, 2, 6])
 def test_what_the_kernel_sees(kernel, Hkv):
     """One query: rows of its group, no mask if none is needed. A prompt: shared heads and the kernel's own causality."""
@@ -383,10 +395,12 @@ def test_what_the_kernel_sees(kernel, Hkv):
         call = kernel.pop()
         assert call.query.shape == (2, Hkv, 6 // Hkv, 8) and call.key is key and call.value is value
         assert call.attn_mask is None and not call.is_causal
-    grouped_attention(one, key, value, torch.ones(2, 1, 1, 5).bool())
+    grouped_attention(one, key, value, torch.randn(2, 1, 1, 5))
     assert kernel.pop().attn_mask.shape in [(2, 1, 6 // Hkv, 5), (2, 1, 1, 5)]
-    grouped_attention(one, key, value, torch.rand(6, 1, 5) > 0.5)
+    grouped_attention(one, key, value, torch.randn(6, 1, 5))
     assert kernel.pop().query.shape == (2, Hkv, 6 // Hkv, 8)
+    grouped_attention(one, key, value, torch.rand(6, 1, 5) > 0.5)
+    assert not kernel                                    # a boolean is filled in: no copies of keys with the hidden ones 0
     query = torch.cat([query, one], 2)                   # as many queries as keys
     for is_causal in (False, True):
         grouped_attention(query, key, value, is_causal=is_causal)
@@ -430,10 +444,14 @@ def test_a_kernel_that_cannot_share_gets_copies(monkeypatch, kernel, H, Hkv, Tq)
         for options in ({}, {"is_causal": True, "offset": 1}):
             want = oracle(query, key, value, mask, **options)
             assert_close(grouped_attention(query, key, value, mask, **options), want, rtol=0, atol=1e-9)
-            call = kernel.pop()                          # one query needs no copies on any device
-            assert call.key.shape[1] == call.query.shape[1] == (Hkv if Tq == 1 else H) and "enable_gqa" not in call.options
+            if Tq == 1 and (options if mask is None else mask.dtype == torch.bool):
+                assert not kernel                        # filled in, on the readable road
+            else:
+                call = kernel.pop()                      # one query needs no copies on any device
+                assert call.key.shape[1] == call.query.shape[1] == (Hkv if Tq == 1 else H)
+                assert "enable_gqa" not in call.options
             assert_close(both_roads(query, key, value, mask, **options)[1], want, rtol=0, atol=1e-9)
-            kernel.pop()
+            kernel.clear()
     assert bool(asked) == (Tq > 1 and H > Hkv)
     assert [mask is None for _, _, mask in asked] == (2 * [True] + 14 * [False])[:len(asked)]       # the joint mask
 
