@@ -4,12 +4,14 @@ __version__ = "0.1.0"
 from .causal import CausalSelfAttention, bias_to_mask, causal_mask, mask_from_mha, mask_to_bias, padding_mask
 from .dropout import CausalAttention
 from .grouped_query import GroupedQueryAttention, grouped_attention, kv_cache_bytes, repeat_kv
+from .kv_cache import KVCache
 from .multi_head import MultiHeadAttention, merge_heads, split_heads
 from .multi_head_wrapper import MultiHeadAttentionWrapper
-from .plot import kv_calculator, mask_grid, plot_attention, slider_bars, use_book_style
+from .plot import cache_steps, kv_calculator, mask_grid, plot_attention, slider_bars, use_book_style
 from .single_head import SelfAttention, attention
 from .testing import (
     assert_as_precise,
+    assert_cache_equals_full,
     assert_causal,
     assert_eval_deterministic,
     assert_parity,
@@ -20,10 +22,11 @@ from .testing import (
 )
 
 __all__ = [
-    "CausalAttention", "CausalSelfAttention", "GroupedQueryAttention", "MultiHeadAttention",
-    "MultiHeadAttentionWrapper", "SelfAttention", "assert_as_precise", "assert_causal", "assert_eval_deterministic",
-    "assert_parity", "assert_permutation_equivariant", "assert_rows_sum_to_one", "attention", "bias_to_mask",
-    "catches", "causal_mask", "grouped_attention", "kv_cache_bytes", "kv_calculator", "mask_from_mha", "mask_grid",
-    "mask_to_bias", "merge_heads", "padding_mask", "plot_attention", "repeat_kv", "slider_bars", "split_heads",
-    "tolerance", "use_book_style",
+    "CausalAttention", "CausalSelfAttention", "GroupedQueryAttention", "KVCache", "MultiHeadAttention",
+    "MultiHeadAttentionWrapper", "SelfAttention", "assert_as_precise", "assert_cache_equals_full",
+    "assert_causal", "assert_eval_deterministic", "assert_parity", "assert_permutation_equivariant",
+    "assert_rows_sum_to_one", "attention", "bias_to_mask", "cache_steps", "catches", "causal_mask",
+    "grouped_attention", "kv_cache_bytes", "kv_calculator", "mask_from_mha", "mask_grid", "mask_to_bias",
+    "merge_heads", "padding_mask", "plot_attention", "repeat_kv", "slider_bars", "split_heads", "tolerance",
+    "use_book_style",
 ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'catches', 'tolerance', 'assert_rows_sum_to_one', 'assert_permutation_equivariant', 'assert_causal',
-           'assert_parity', 'assert_as_precise', 'assert_eval_deterministic']
+           'assert_parity', 'assert_as_precise', 'assert_eval_deterministic', 'assert_cache_equals_full']
 
 # %% ../nbs/91_testing.ipynb #imports
 from collections.abc import Callable, Iterator
@@ -387,3 +387,90 @@ def assert_eval_deterministic(module: nn.Module, *inputs: Tensor) -> None:
     finally:
         for part, training in modes.items():
             part.training = training
+
+# %% ../nbs/91_testing.ipynb #cuts
+def _cuts(seq_len: int) -> dict[str, list[int]]:
+    """Ways to read a sequence: the sizes of the pieces, by name."""
+    half = (seq_len + 1) // 2
+    cuts = {"token by token": [1] * seq_len,
+            "a prompt, then tokens": [half] + [1] * (seq_len - half),
+            "two chunks": [half, seq_len - half],
+            "a token, then a chunk": [1, seq_len - 1]}
+    if seq_len > 3:
+        cuts["chunk, token, chunk"] = [2, 1, seq_len - 3]
+    return cuts
+
+
+def _other_token(x: Tensor, axis: int) -> Tensor:
+    """A copy of x with another first token."""
+    x = x.clone()
+    first = x.select(axis, 0)
+    if x.is_floating_point():
+        first.mul_(-1).sub_(1)
+    else:
+        first.copy_((first + 1) % (x.max() + 1).clamp(min=2))
+    return x
+
+# %% ../nbs/91_testing.ipynb #cache
+def assert_cache_equals_full(
+        step: Callable[[Tensor, object], tuple[Tensor, object]],
+        x: Tensor) -> None:
+    """Check that reading ``x`` in pieces gives what one pass gives.
+
+    Args:
+        step: takes some new tokens and the state that the call before
+            returned, None at the start of a sequence; returns (out, state)
+            with out (..., T, any), deterministically.
+        x: float (..., T, D), or integer (..., T); T at least 3.
+    Raises:
+        AssertionError: says how x was cut and which output differs; or
+            that a new sequence is not independent of the one before; or
+            that the last output does not depend on the first token, so
+            that the check would prove nothing.
+        ValueError: x is too short, or out has no token axis of the length
+            of what was read.
+        TypeError: step does not return a pair that starts with a usable
+            tensor.
+    Source: the definition of a cache. See: chapter 07.
+    """
+    axis = -2 if x.is_floating_point() else -1
+    if x.dim() < -axis or x.numel() == 0 or x.shape[axis] < 3:
+        raise ValueError("x must be float (..., T, D) or integer (..., T) "
+                         f"with at least 3 tokens, got {tuple(x.shape)}")
+    full = _read(step, x, axis, [x.shape[axis]])
+    size = full.masked_fill(~full.isfinite(), 0.0).abs().amax().item()
+    bound = tolerance(full.dtype) * max(1.0, size)
+
+    def compare(law: str, out: Tensor) -> None:
+        gap = _gap(out, full)
+        bad = ~(gap <= bound)             # a NaN is a failure too
+        if bad.any():
+            i = _first(bad)[-2]
+            raise AssertionError(
+                f"{law}: output {i} differs by "
+                f"{gap[..., i, :].amax().item():.3g} from one pass")
+
+    for name, sizes in _cuts(x.shape[axis]).items():
+        compare(f"cache, {name}", _read(step, x, axis, sizes))
+    other = _read(step, _other_token(x, axis), axis, [x.shape[axis]])
+    compare("a new sequence", _read(step, x, axis, [x.shape[axis]]))
+    if not (_gap(other, full)[..., -1, :] > bound).any():
+        raise AssertionError("vacuous: the last output does not depend on "
+                             "the first token")
+
+# %% ../nbs/91_testing.ipynb #read
+def _read(step: Callable[[Tensor, object], tuple[Tensor, object]],
+          x: Tensor, axis: int, sizes: list[int]) -> Tensor:
+    """The outputs of x, read in pieces of these sizes, one after another."""
+    outs, state = [], None
+    for piece in x.split(sizes, axis):
+        got = step(piece.clone(), state)
+        if not isinstance(got, tuple) or len(got) != 2:
+            raise TypeError("step must return a pair (out, state), got "
+                            f"{type(got).__name__}")
+        out, state = _call(lambda _: got[0], piece).detach(), got[1]
+        if out.dim() < 2 or out.shape[-2] != piece.shape[axis]:
+            raise ValueError(f"out must be (..., {piece.shape[axis]}, any), "
+                             f"got {tuple(out.shape)}")
+        outs.append(out)
+    return torch.cat(outs, -2)                           # (..., T, Dv)

@@ -2,6 +2,8 @@
 import contextlib
 import io
 import multiprocessing
+import sys
+import types
 import warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +24,13 @@ def code_cells(notebook):
     return [(c.id, c.source) for c in nb.cells if c.cell_type == "code" and "%pip" not in c.source]
 
 
+def fresh(values=()):
+    """A namespace to run cells in, of a module that can be found by name: torch.compile looks functions up there."""
+    module = sys.modules["chapter"] = types.ModuleType("chapter")
+    vars(module).update(dict(values), __name__="chapter")
+    return vars(module)
+
+
 def run(cells, namespace):
     """Run cells in order; the id of the first that raises, or None."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
@@ -40,7 +49,7 @@ def run(cells, namespace):
 
 def values_after(notebook, ids):
     """The namespace after running the named cells, in the notebook's order."""
-    namespace = {"__name__": "__main__"}
+    namespace = fresh()
     failed = run([(name, source) for name, source in code_cells(notebook) if name in ids], namespace)
     assert failed is None, f"cell {failed} of {notebook.name} failed"
     return namespace
@@ -52,16 +61,16 @@ def killed_in(notebook, bugs):
     killed, cells = {}, code_cells(notebook)
     spots = {bug: next(n for n, (_, source) in enumerate(cells) if bug.old in source) for bug in bugs}
     first = min(spots.values())
-    start = {"__name__": "__main__"}
+    start = fresh()
     assert run(cells[:first], start) is None
     rng = torch.get_rng_state()
-    failed = run(cells[first:], dict(start))
+    failed = run(cells[first:], fresh(start))
     assert failed is None, f"cell {failed} of {notebook.name} fails without a bug"
     for bug, spot in spots.items():
         name, source = cells[spot]
         broken = [*cells[first:spot], (name, bug.plant(source)), *cells[spot + 1:]]
         torch.set_rng_state(rng)
-        killed[bug.name] = run(broken, dict(start))
+        killed[bug.name] = run(broken, fresh(start))
     return killed
 
 
