@@ -337,7 +337,8 @@ class GroupedQueryAttention(nn.Module):
         v = split_heads(self.v_proj(tokens), Hkv)        # (B, Hkv, T, Dh)
         if rope is not None:
             _check_rope(rope, q)
-            q, k = _rotate(q, *rope), _rotate(k, *rope)
+            q, k = _rotate(torch.cat([q, k], 1), *rope).split(
+                [self.num_heads, Hkv], 1)
         offset = 0
         if cache is not None:
             offset = _check_cache(cache, q, attn_mask)

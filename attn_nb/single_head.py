@@ -55,8 +55,10 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor,
                          f"least 1, got {shapes}")
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"value must have one row per key, got {shapes}")
+    batch, *others = leads = [x.shape[:-2] for x in named.values()]
     try:
-        batch = torch.broadcast_shapes(*(x.shape[:-2] for x in named.values()))
+        if not batch == others[0] == others[1]:      # slow, so asked last
+            batch = torch.broadcast_shapes(*leads)
     except RuntimeError:
         raise ValueError("leading sizes of query, key and value must "
                          f"broadcast, got {shapes}") from None
