@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import check_export
+import mutate
 import nbformat
 import pytest
 import set_owner
@@ -135,3 +136,13 @@ def test_a_failing_notebook_is_named(tmp_path, monkeypatch):
         nb.cells[0].source = broken
         nbformat.write(nb, path / "01_bad.ipynb")
         assert "nbs/01_bad.ipynb  FAILED" in run().stdout
+
+
+def test_a_mutation_run_of_one_module_keeps_the_others():
+    committed = mutate.REPORT.read_text()
+    everything = mutate.kept(committed, [])
+    assert mutate.report(*everything) == committed
+    rows, notes = mutate.kept(committed, ["causal"])
+    assert {*everything[0]} - {*rows} == {"causal"} and "causal" not in notes and {*notes} <= {*rows}
+    rows["causal"], notes["causal"] = everything[0]["causal"], everything[1]["causal"]
+    assert mutate.report(rows, notes) == committed

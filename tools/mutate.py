@@ -5,6 +5,7 @@
 The bugs are cosmic-ray's: every operator, comparison, constant, condition and loop, one change at a time. Changes that
 only touch annotations are left out. Each runs the module's own test file in a forked process, slow tests left out.
 A survivor needs a reason in tests/mutation_survivors.toml: without one, or below 90 %, the exit code is 1.
+Named modules get new lines in the report; those of the others stay as they are.
 Bugs that died once are remembered in _build/mutants_killed.txt, function by function, and not run again; `make clean`
 forgets them, which is right after a test was removed.
 """
@@ -12,6 +13,7 @@ import ast
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import sys
 import tomllib
@@ -97,6 +99,25 @@ def killed(module, source):
     return "fails" if code else ""
 
 
+def kept(text, modules):
+    """Rows and notes of the report on all other modules, each as {module: lines}."""
+    rows, notes = {}, {}
+    for line in text.splitlines():
+        if (m := re.match(r"\| (\w+) \| \d+ \|", line)) and m[1] not in modules:
+            rows[m[1]] = [line]
+        if (m := re.match(r"\* `(\w+)`: ", line)) and m[1] not in modules:
+            notes.setdefault(m[1], []).append(line)
+    return rows, notes
+
+
+def report(rows, notes):
+    """The page that the book shows."""
+    lines = [line for name in sorted(rows) for line in rows[name]]
+    table = ["| module | generated bugs | killed | share |", "|---|---|---|---|", *lines]
+    lines = [line for name in sorted(notes) for line in notes[name]]
+    return "\n".join([*table, "", "The survivors, each with the reason why no test can or need see it:", "", *lines]) + "\n"
+
+
 def main(modules):
     sys.path[:0] = ["tests"]
     # what the children need, loaded once; single threads survive a fork
@@ -107,7 +128,8 @@ def main(modules):
     torch.set_num_threads(1)
     KILLED.parent.mkdir(exist_ok=True)
     reasons = tomllib.loads(REASONS.read_text()) if REASONS.exists() else {}
-    rows, notes, bad = [], [], False
+    rows, notes = kept(REPORT.read_text() if REPORT.exists() else "", modules)
+    bad = False
     for module in modules:
         source = Path(f"attn_nb/{module}.py").read_text()
         if killed(module, source):
@@ -124,19 +146,17 @@ def main(modules):
                     alive.append(mutant)
                 print(f"\r{module}: {n}/{len(work)} tried, {n - dead} alive", end="", flush=True)
         print()
-        rows.append(f"| {module} | {len(work)} | {dead} | {dead / len(work):.1%} |")
+        rows[module], notes[module] = [f"| {module} | {len(work)} | {dead} | {dead / len(work):.1%} |"], []
         bad |= dead / len(work) < GOAL
         for number, old, new, _ in alive:
             reason = next((r["why"] for r in reasons.get(module, []) if r["line"] == old
                            and new in ([r["becomes"]] if isinstance(r["becomes"], str) else r["becomes"])), None)
             bad |= reason is None
             print(f"  {module}.py:{number}  {old}  ->  {new}   {reason or 'NO REASON GIVEN'}")
-            notes.append(f"* `{module}`: `{old}` became `{new}`. {reason or 'Not explained.'}")
-    table = ["| module | generated bugs | killed | share |", "|---|---|---|---|", *rows]
-    text = "\n".join(table) + "\n\nThe survivors, each with the reason why no test can or need see it:\n\n" + "\n".join(notes)
+            notes[module].append(f"* `{module}`: `{old}` became `{new}`. {reason or 'Not explained.'}")
     REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(text + "\n")
-    print("\n".join(table))
+    REPORT.write_text(report(rows, notes))
+    print("\n".join(line for name in modules for line in rows[name]))
     return bad
 
 
