@@ -40,7 +40,8 @@ class KVCache:
         head_dim: Dh, width of the keys, at least 1.
         v_head_dim: Dv, width of the values; default head_dim.
         dtype: floating-point format of the slots; what is written is
-            rounded to it. Default torch's default dtype.
+            rounded to it. Default torch's default dtype. Give that of the
+            layer: otherwise it converts all keys and values at each call.
         device: where the slots are; default torch's default device.
     Returns:
         an empty cache; give it to ``GroupedQueryAttention`` as ``cache``.
