@@ -30,8 +30,8 @@ class KVCache:
     """Keys and values of the tokens so far, of one layer and one batch.
 
     Slots for ``max_len`` tokens are reserved at once, and the first
-    ``length`` of them are filled. Token number t of a text is in slot t.
-    A model needs one cache for each of its layers.
+    ``length`` of them are filled. Token number t of a text is in slot t,
+    if no pads stand before it. A model needs one cache for each layer.
 
     Args:
         batch_size: B, texts at the same time, at least 1.
@@ -48,8 +48,8 @@ class KVCache:
     Raises:
         TypeError: a size is no int, or dtype is not floating point.
         ValueError: a size is below 1.
-    Source: Shazeer 2019, section 3 (K and V of incremental decoding);
-    the interface follows Hugging Face's caches. See: chapter 07.
+    Source: Shazeer 2019, section 3 (K and V of incremental decoding).
+    See: chapter 07.
     """
 
     def __init__(self, batch_size: int, num_kv_heads: int, max_len: int,
@@ -80,7 +80,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache; also the position of the next one."""
+        """Filled slots (tokens); the next token goes to this slot."""
         return self._length
 
     @property

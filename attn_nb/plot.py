@@ -537,7 +537,7 @@ def _call_in_words(number: int, past: int, stop: int) -> str:
         return f"{word}s {start} to {stop - 1}"
 
     gone = f"{span('row', 0, past)} gone" if past else "nothing kept before"
-    return (f"call {number}: offset {past}; writes {span('slot', past, stop)}"
+    return (f"call {number + 1}: offset {past}; writes {span('slot', past, stop)}"
             f", reads {span('key', 0, stop)}; {gone}")
 
 # %% ../nbs/90_plot.ipynb #cache-steps
@@ -615,7 +615,8 @@ def _cache_shapes(weights: Tensor, span: tuple[int, int], max_len: int,
                       f'width="{side}" height="{side}"/>'
                       f'<text x="{x + side // 2}" y="29">{j}</text>')
     top = 34 + cell + 26
-    shapes.append(f'<text x="{middle}" y="{top - 8}">weights of the rows '
+    shapes.append(f'<text x="17" y="{top - 8}">query</text>'
+                  f'<text x="{middle}" y="{top - 8}">weights of the rows '
                   "that are computed</text>")
     for i, row in enumerate(weights.tolist()):
         now, y = past <= i < stop, top + cell * i
