@@ -537,8 +537,9 @@ def _call_in_words(number: int, past: int, stop: int) -> str:
         return f"{word}s {start} to {stop - 1}"
 
     gone = f"{span('row', 0, past)} gone" if past else "nothing kept before"
-    return (f"call {number + 1}: offset {past}; writes {span('slot', past, stop)}"
-            f", reads {span('key', 0, stop)}; {gone}")
+    return (f"call {number + 1}: offset {past}; writes "
+            f"{span('slot', past, stop)}, reads {span('key', 0, stop)}; "
+            f"{gone}")
 
 # %% ../nbs/90_plot.ipynb #cache-steps
 def cache_steps(weights: Tensor, calls: Sequence[int], *, max_len: int,
