@@ -73,8 +73,7 @@ def _check_grouped(query: Tensor, key: Tensor, value: Tensor,
         if k[1] == 0 or q[1] % k[1]:
             raise ValueError("the number of KV heads must divide the number "
                              f"of query heads, got {k[1]} and {q[1]}")
-        tensors = [x[:, :1] for x in tensors]
-    _check_attention_inputs(*tensors, None, dropout_p, scale)
+    _check_attention_inputs(*tensors, None, dropout_p, scale, shared=True)
     _check_offset(offset)
     if isinstance(offset, Tensor) and len(offset) not in (1, len(query)):
         raise ValueError(f"offset must be an int or (B,) = ({len(query)},), "
@@ -330,7 +329,7 @@ class GroupedQueryAttention(nn.Module):
         """
         _check_tokens(x, self.q_proj, width="d_model")
         lead, Hkv = x.shape[:-1], self.num_kv_heads          # ..., T
-        tokens = x[None].flatten(0, -3)                      # (B, T, D)
+        tokens = x if x.dim() == 3 else x[None].flatten(0, -3)   # (B, T, D)
         q = split_heads(self.q_proj(tokens),
                         self.num_heads)                  # (B, H, T, Dh)
         k = split_heads(self.k_proj(tokens), Hkv)        # (B, Hkv, T, Dh)

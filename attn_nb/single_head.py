@@ -33,8 +33,12 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor,
                             attn_mask: Tensor | None, dropout_p: float,
-                            scale: float | None) -> tuple[int, ...]:
-    """The shape of the weights; or an error: argument, wanted, got."""
+                            scale: float | None, *, shared: bool = False
+                            ) -> tuple[int, ...]:
+    """The shape of the weights; or an error: argument, wanted, got.
+
+    shared: keys have heads of their own number, which the caller checks.
+    """
     named = {"query": query, "key": key, "value": value}
     for name, x in named.items():
         if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
@@ -57,7 +61,7 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor,
         raise ValueError(f"value must have one row per key, got {shapes}")
     batch, *others = leads = [x.shape[:-2] for x in named.values()]
     try:
-        if not batch == others[0] == others[1]:      # slow, so asked last
+        if not (shared or batch == others[0] == others[1]):
             batch = torch.broadcast_shapes(*leads)
     except RuntimeError:
         raise ValueError("leading sizes of query, key and value must "
