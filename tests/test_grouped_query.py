@@ -1,7 +1,6 @@
 """Shared KV heads: against PyTorch on copied heads, Hugging Face's Llama and Qwen2, the chapter before, and counted bytes."""
 import copy
 import math
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import Recorder
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_nb import grouped_query
 from attn_nb.causal import causal_mask, padding_mask
@@ -301,22 +300,6 @@ def test_both_roads_draw_the_same(Tq, is_causal):
 
 
 # --- grouped_attention: what it does not make
-
-class Recorder(TorchDispatchMode):
-    """The sizes of all memory that operations fill, in numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = Counter()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
-                self.made[x.untyped_storage().nbytes() // x.element_size()] += 1
-        return out
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("Tq, masked, options", [
