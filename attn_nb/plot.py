@@ -493,7 +493,7 @@ _CACHE_STYLE = f"""
 .attn-cache .kept {{fill: {COLORS[0]}}}
 .attn-cache .new {{fill: {COLORS[1]}}}
 .attn-cache .old {{fill: {GREY}; stroke: none}}
-.attn-cache .gone {{opacity: .55}}
+.attn-cache .gone rect {{opacity: .55}}
 .attn-cache .later {{opacity: 0}}
 .attn-cache input {{width: 11em; min-height: 24px; vertical-align: middle}}
 .attn-cache output {{display: block}}
