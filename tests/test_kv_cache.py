@@ -473,6 +473,35 @@ def test_any_mask_is_cut_to_the_new_rows(kind, weights_too):
         assert torch.equal(got[:, 4], layer.o_proj.bias.expand(2, 10))
 
 
+@pytest.mark.parametrize("weights_too", [False, True])
+@pytest.mark.parametrize("dtype, huge", [(torch.float64, 1e150), (torch.float32, 1e18), (torch.bfloat16, 1e18)])
+def test_what_pads_hold_does_not_matter(dtype, huge, weights_too):
+    """Nor what was in slots before: large finite numbers behind the mask, at every step."""
+    layer, x = make_layer(dtype=dtype), torch.randn(2, 8, 10).to(dtype)
+    real = torch.tensor([[1] * 8, [0, 0, 0, 1, 1, 0, 1, 1]]).bool()
+    outs = []
+    with torch.no_grad():
+        for fill in (0.0, huge):
+            cache = poisoned(2, 2, 9, 4, dtype=dtype)
+            layer(torch.full_like(x, fill), cache=cache)     # an older text
+            cache.reset()
+            text = x.masked_fill(~real[..., None], fill)
+            outs.append(read(layer, text, [4, 1, 1, 2], cache, mask=padding_mask(real), weights_too=weights_too)[0][real])
+    assert torch.equal(*outs) and outs[0].isfinite().all()
+
+
+def test_outputs_do_not_share_memory_with_the_cache():
+    layer, x = make_layer(), torch.randn(1, 3, 10).double()
+    cache = cache_for(layer, 1, 3)
+    with torch.no_grad():
+        outs = [layer(x[:, t:t + 1], cache=cache, return_weights=True) for t in range(3)]
+        before = snapshot(cache)
+        for out, weights in outs:
+            out.fill_(7.0)
+            weights.fill_(7.0)
+    assert same(before, snapshot(cache))
+
+
 def test_without_causality_a_call_sees_all_that_is_there():
     layer, x = make_layer(is_causal=False), torch.randn(2, 7, 10).double()
     cache = cache_for(layer, 2, 7)
