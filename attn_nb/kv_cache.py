@@ -12,6 +12,12 @@ from torch import Tensor
 from .causal import _check_length, _check_values, _is_integer
 
 # %% ../nbs/07_kv_cache.ipynb #written
+def _detached(slots: Tensor) -> Tensor:
+    """A copy without gradients; an older graph keeps its numbers."""
+    with torch.inference_mode(False):    # may be written in any mode
+        return slots.detach().clone()
+
+
 def _written(slots: Tensor, new: Tensor, start: int) -> Tensor:
     """The slots (B, Hkv, N, any) with ``new`` from slot ``start`` on.
 
@@ -22,6 +28,8 @@ def _written(slots: Tensor, new: Tensor, start: int) -> Tensor:
                                     slots.requires_grad):
         return torch.slice_scatter(
             slots, new.to(slots.dtype), 2, start, stop)
+    if slots.requires_grad:
+        slots = _detached(slots)
     slots[:, :, start:stop] = new
     return slots
 
@@ -148,8 +156,8 @@ class KVCache:
         """Forget all tokens: the same memory for a new text."""
         self._length = 0
         if self._keys.requires_grad or self._values.requires_grad:
-            self._keys = self._keys.detach()
-            self._values = self._values.detach()
+            self._keys = _detached(self._keys)
+            self._values = _detached(self._values)
 
     def reorder(self, index: Tensor) -> None:
         """Row b goes on with the text of row ``index[b]``: beam search.

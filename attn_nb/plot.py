@@ -493,7 +493,7 @@ _CACHE_STYLE = f"""
 .attn-cache .kept {{fill: {COLORS[0]}}}
 .attn-cache .new {{fill: {COLORS[1]}}}
 .attn-cache .old {{fill: {GREY}; stroke: none}}
-.attn-cache .gone {{opacity: .55}}
+.attn-cache .gone rect {{opacity: .55}}
 .attn-cache .later {{opacity: 0}}
 .attn-cache input {{width: 11em; min-height: 24px; vertical-align: middle}}
 .attn-cache output {{display: block}}
@@ -556,11 +556,12 @@ def cache_steps(weights: Tensor, calls: Sequence[int], *, max_len: int,
     Returns:
         a figure of about 10 kB; a notebook displays it.
     Raises:
+        TypeError: weights is no tensor, calls is no sequence, or a size no
+            int.
         ValueError: calls do not add up to T, a size is out of range, or
             weights is not square, looks ahead or is not from 0 to 1.
     Source: appendix. See: chapter 07.
     """
-    calls = [int(size) for size in calls]
     _check_calls(weights, calls, max_len, start)
     stops = torch.tensor(calls).cumsum(0).tolist()
     spans = [(stop - size, stop) for size, stop in zip(calls, stops)]
@@ -576,7 +577,16 @@ def cache_steps(weights: Tensor, calls: Sequence[int], *, max_len: int,
 # %% ../nbs/90_plot.ipynb #check-calls
 def _check_calls(weights: Tensor, calls: Sequence[int], max_len: int,
                  start: int) -> None:
-    """Raise ValueError: argument, wanted, got."""
+    """Raise TypeError or ValueError: argument, wanted, got."""
+    for name, x, kind in (("weights", weights, Tensor),
+                          ("calls", calls, Sequence)):
+        if not isinstance(x, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, "
+                            f"got {type(x).__name__}")
+    for name, size in (*(("calls", size) for size in calls),
+                       ("max_len", max_len), ("start", start)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be whole, got {size!r}")
     T = weights.shape[-1] if weights.dim() == 2 else 0
     if tuple(weights.shape) != (T, T) or not 1 <= T <= 16:
         raise ValueError("weights must be (T, T) with T from 1 to 16, got "

@@ -1,10 +1,12 @@
-"""PyTorch's own layer with the weights of ours, and plain loops, for parity tests."""
+"""PyTorch's own layer with the weights of ours, plain loops for parity tests, and a recorder of what operations make."""
 import itertools
 import math
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_nb.testing import assert_parity
 
@@ -79,3 +81,19 @@ def assert_parity_with_parameters(layer, theirs, *inputs, pick=lambda out: out, 
         return pick(torch.func.functional_call(layer, dict(zip(names, xs[len(inputs):])), xs[:len(inputs)], options))
 
     assert_parity(ours, lambda *xs: theirs(dict(zip(names, xs[len(inputs):])), *xs[:len(inputs)]), *inputs, *values)
+
+
+class Recorder(TorchDispatchMode):
+    """The sizes of all memory that operations fill, in numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.made[x.untyped_storage().nbytes() // x.element_size()] += 1
+        return out

@@ -371,6 +371,129 @@ BUGS += [
 ]
 
 
+def cached(name, old, new):
+    return Bug(name, "kv_cache", old, new)
+
+
+KEYS = "self._keys = _written(self._keys, key, self._length)"
+VALUES = "self._values = _written(self._values, value, self._length)"
+GROWN = "self._length = self._length + key.shape[2]"
+CHECKED = "        _check_new(self._keys, self._values, key, value, self._length)\n"
+ROOM = "if length + key.shape[2] > keys.shape[2]:"
+CROPPED = "self._length = length\n"
+RESET = "self._length = 0\n        if self._keys.requires_grad"
+KEPT = "kept = [x.index_select(0, index) for x in (self.keys, self.values)]"
+WRITTEN = "self._keys = _written(self._keys, kept[0], 0)\n        self._values = _written(self._values, kept[1], 0)"
+NBYTES = "self._keys.nbytes + self._values.nbytes"
+SLOTS = "batch_size, num_kv_heads, max_len, width, dtype=dtype,"
+BUGS += [
+    cached("keys written a slot late", KEYS,
+           KEYS.replace("self._length)", "min(\n            self._length + 1, self.max_len - key.shape[2]))")),
+    cached("values written a slot late", VALUES,
+           VALUES.replace("self._length)", "min(\n            self._length + 1, self.max_len - value.shape[2]))")),
+    cached("values written to the first slots", VALUES, VALUES.replace("self._length)", "0)")),
+    cached("keys kept as values", VALUES, VALUES.replace("value,", "key,")),
+    cached("values never written", "        " + VALUES + "\n", ""),
+    cached("length grows by one, whatever comes", GROWN, "self._length = self._length + 1"),
+    cached("length is that of the last call", GROWN, "self._length = key.shape[2]"),
+    cached("length is not moved on", "        " + GROWN + "\n", ""),
+    cached("update returns all slots", "return self.keys, self.values", "return self._keys, self._values"),
+    cached("update returns the new tokens only", "return self.keys, self.values", "return key, value"),
+    cached("update returns values before keys", "return self.keys, self.values", "return self.values, self.keys"),
+    cached("update returns copies", "return self.keys, self.values", "return self.keys.clone(), self.values.clone()"),
+    cached("keys show one slot too many", "return self._keys[:, :, :self._length]",
+           "return self._keys[:, :, :self._length + 1]"),
+    cached("values show all slots", "return self._values[:, :, :self._length]", "return self._values"),
+    cached("no room is noticed one token late", ROOM, ROOM.replace(">", "> 1 +")),
+    cached("the last slot is never filled", ROOM, ROOM.replace(">", ">=")),
+    cached("a full cache loses the rest in silence", ROOM + "\n", "if False:\n"),
+    cached("a full cache starts again at slot 0", CHECKED,
+           "        if self._length + key.shape[2] > self.max_len:\n            self._length = 0\n" + CHECKED),
+    cached("length moved on before the check", CHECKED,
+           "        past, self._length = self._length, self._length + key.shape[2]\n"
+           "        _check_new(self._keys, self._values, key, value, past)\n        self._length = past\n"),
+    cached("crop keeps one token too many", CROPPED + "\n    def reset",
+           "self._length = min(length + 1, self._length)\n\n    def reset"),
+    cached("crop keeps the last tokens", CROPPED + "\n    def reset",
+           "first = self._length - length\n        for slots in (self._keys, self._values):\n"
+           "            slots[:, :, :length] = slots[:, :, first:self._length].clone()\n"
+           "        self._length = length\n\n    def reset"),
+    cached("crop counts from the end", CROPPED + "\n    def reset", "self._length = self._length - length\n\n    def reset"),
+    cached("crop may lengthen", "if length > self._length:", "if length > self.max_len:"),
+    cached("reset forgets nothing", RESET, "if self._keys.requires_grad"),
+    cached("reset forgets all but one token", RESET, RESET.replace("self._length = 0", "self._length = min(1, self._length)")),
+    cached("reset keeps the old graph", "if self._keys.requires_grad or self._values.requires_grad:", "if False:"),
+    cached("reorder of the keys only", "\n        self._values = _written(self._values, kept[1], 0)", ""),
+    cached("reorder in the other direction", KEPT,
+           KEPT.replace("index_select(0, index)", "clone().index_copy(0, index, x)")),
+    cached("reorder of rows one by one, over each other", KEPT + "\n        " + WRITTEN,
+           "for row, parent in enumerate(index.tolist()):\n            for x in (self.keys, self.values):\n"
+           "                x[row] = x[parent]"),
+    cached("reorder of heads", KEPT,
+           KEPT.replace("index_select(0, index)", "index_select(1, index.clamp(max=x.shape[1] - 1))")),
+    cached("slots for as many tokens as a head is wide", SLOTS, SLOTS.replace("max_len", "head_dim")),
+    cached("slots and heads in the other order", SLOTS, SLOTS.replace("num_kv_heads, max_len", "max_len, num_kv_heads")),
+    cached("values as wide as the keys", "for width in (head_dim, v_head_dim))", "for width in (head_dim, head_dim))"),
+    cached("one memory for keys and values", "        self._length = 0\n\n    def __repr__",
+           "        if head_dim == v_head_dim:\n            self._values = self._keys\n"
+           "        self._length = 0\n\n    def __repr__"),
+    cached("dtype of the cache ignored", "dtype = torch.get_default_dtype() if dtype is None else dtype\n        if not (",
+           "dtype = dtype or torch.get_default_dtype()\n        if dtype.is_floating_point:\n"
+           "            dtype = torch.float32\n        if not ("),
+    cached("gradients dropped", "slots, new.to(slots.dtype), 2,", "slots, new.detach().to(slots.dtype), 2,"),
+    cached("gradients of old tokens dropped", "slots, new.to(slots.dtype), 2,", "slots.detach(), new.to(slots.dtype), 2,"),
+    cached("in place where gradients are wanted", "if torch.is_grad_enabled() and (new.requires_grad or\n"
+           "                                    slots.requires_grad):", "if False:"),
+    cached("a copy at every call", "if torch.is_grad_enabled() and (new.requires_grad or\n"
+           "                                    slots.requires_grad):", "if True:"),
+    cached("an older graph is written over", "        return slots.detach().clone()", "        return slots.detach()"),
+    cached("memory of the keys alone counted", NBYTES, "self._keys.nbytes"),
+    cached("memory of the filled slots counted", NBYTES, "self.keys.nbytes + self.values.nbytes"),
+    cached("cached heads may differ in number", "tuple(x.shape[:2]) == (B, Hkv)", "len(x) == B"),
+    cached("any row may be asked for", '_check_values("index", index, 0, len(keys) - 1)',
+           "index.clamp_(0, len(keys) - 1)"),
+]
+
+OFFSET = "offset = _check_cache(cache, q, attn_mask)"
+ROTATED = "q, k = _rotate(torch.cat([q, k], 1), *rope).split(\n                [self.num_heads, Hkv], 1)"
+TURN = "turned = torch.cat([first * cos - second * sin,\n                        second * cos + first * sin, rest], -1)"
+UPDATED = "k, v = (kept.to(q.dtype) for kept in cache.update(k, v))"
+BUGS += [
+    grouped("layer: offset 0 with a cache", OFFSET, OFFSET.replace("offset =", "_ =")),
+    grouped("layer: offset of the new length", UPDATED, UPDATED + "\n            offset = cache.length"),
+    grouped("layer: offset one too small", OFFSET, OFFSET + " - 1"),
+    grouped("layer: cache written, not read", UPDATED, "cache.update(k, v)"),
+    grouped("layer: cache not written", UPDATED,
+            "k, v = (torch.cat(pair, 2) for pair in zip((cache.keys, cache.values), (k, v)))"),
+    grouped("layer: the mask is checked after the write", "    if attn_mask is not None:\n        kv_len = cache",
+            "    if False:\n        kv_len = cache"),
+    grouped("layer: the mask need only fit the new tokens", "kv_len = cache.length + x.shape[2]", "kv_len = x.shape[2]"),
+    grouped("layer: result in the dtype of the cache", UPDATED, "k, v = cache.update(k, v)\n            q = q.to(k.dtype)"),
+    grouped("layer: copies for the query heads are kept", UPDATED,
+            UPDATED.replace("update(k, v)", "update(\n                *(repeat_kv(x, self.num_heads // Hkv) for x in (k, v)))")),
+    grouped("layer: keys kept before rotation", f"            {ROTATED}\n        offset = 0\n        if cache is not None:\n"
+            f"            {OFFSET}\n            {UPDATED}\n",
+            f"            q, turned = _rotate(q, *rope), _rotate(k, *rope)\n        offset = 0\n        if cache is not None:\n"
+            f"            {OFFSET}\n            {UPDATED}\n        if rope is not None:\n"
+            "            k = torch.cat([k[:, :, :offset], turned], 2)\n"),
+    grouped("layer: values are turned too", ROTATED, ROTATED + "\n            v = _rotate(v, *rope)"),
+    grouped("layer: keys are not turned", ROTATED, "q = _rotate(q, *rope)"),
+    grouped("layer: queries are not turned", ROTATED, "k = _rotate(k, *rope)"),
+    grouped("layer: keys turned the other way", ROTATED, "q, k = _rotate(q, *rope), _rotate(k, rope[0], -rope[1])"),
+    grouped("rotation: second point with the wrong sign", "second * cos + first * sin,", "second * cos - first * sin,"),
+    grouped("rotation: pairs for halves", TURN, TURN.replace("first *", "x[..., 0:2 * half:2] *").replace(
+        "second *", "x[..., 1:2 * half:2] *")),
+    grouped("rotation: the rest becomes 0", "second * cos + first * sin, rest]", "second * cos + first * sin, 0 * rest]"),
+    grouped("rotation in half precision", "x = x.to(torch.promote_types(dtype, torch.float32))\n    cos,",
+            "cos, sin = cos.to(dtype), sin.to(dtype)\n    cos,"),
+    grouped("rotation: one table row for all tokens", "cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3) ",
+            "cos, sin = cos[:, None, -1:], sin[:, None, -1:] "),
+    grouped("rotation: angles of the first text for all", "cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3) ",
+            "cos, sin = cos[:1].unsqueeze(-3), sin[:1].unsqueeze(-3) "),
+    grouped("rope that does not fit is not refused", "if not fits or 2 * half > Dh:", "if 2 * half > Dh:"),
+]
+
+
 def killed_by_tests(bug):
     """The first test that fails with the bug planted, or None. In a forked process: torch is loaded, the package is not."""
     import pytest

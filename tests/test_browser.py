@@ -14,6 +14,7 @@ pytestmark = pytest.mark.browser
 PAGES = ["README.html", *sorted(f"nbs/{p.stem}.html" for p in [*(ROOT / "nbs").glob("*.ipynb"),
                                                                *(ROOT / "nbs").glob("*.md")]), "search.html"]
 MASK_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "mask_grid(" in p.read_text()]
+CACHE_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "cache_steps(" in p.read_text()]
 KV_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "kv_calculator(" in p.read_text()]
 
 
@@ -227,6 +228,91 @@ def test_mask_grids_on_one_page_move_alone(visit):
     assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def assert_steps(figure, at):
+    """The figure shows call number `at`: its slots, its rows, the sentence; what is seen, not only what is named."""
+    data = json.loads(figure.locator("script").text_content())
+    past, stop = data["calls"][at]
+    said = data["said"][at]
+    assert said.startswith(f"call {at}: offset {past}; writes ") and f"key{'s 0 to' * (stop > 1)} {stop - 1};" in said
+    assert figure.locator("output").inner_text() == said
+    assert figure.locator("input").get_attribute("aria-valuetext") == said
+    slots = figure.locator("rect.slot").evaluate_all("all => all.map(e => [e.getAttribute('class'), getComputedStyle(e).fill])")
+    kinds = ["slot kept"] * past + ["slot new"] * (stop - past) + ["slot"] * (len(slots) - stop)
+    assert [kind for kind, _ in slots] == kinds
+    colors = {kind: {color for k, color in slots if k == kind} for kind in kinds}
+    assert all(len(c) == 1 for c in colors.values()) and len(set.union(*colors.values())) == len(colors)
+    assert colors.get("slot", {"none"}) == {"none"}
+    rows = figure.locator("g").evaluate_all("""all => all.map(g => [g.getAttribute('class'), +getComputedStyle(g).opacity,
+        [...g.querySelectorAll('rect')].map(e => e.getAttribute('class')), g.querySelectorAll('rect').length,
+        getComputedStyle(g.querySelector('rect')).fill])""")
+    assert [kind for kind, *_ in rows] == ["gone"] * past + [""] * (stop - past) + ["later"] * (len(rows) - stop)
+    assert [opacity > 0 for _, opacity, *_ in rows] == [i < stop for i in range(len(rows))]
+    for i, (kind, _, cells, count, color) in enumerate(rows):
+        assert count == i + 1 and {*cells} == {"old" if kind else "kept"}
+        assert past == 0 or (color in colors["slot kept"]) == (kind == "")
+
+
+def drive_steps(figure):
+    """Through all calls from the keyboard, and back."""
+    slider, calls = figure.locator("input"), json.loads(figure.locator("script").text_content())["calls"]
+    assert calls[0][0] == 0 and all(a[1] == b[0] for a, b in zip(calls, calls[1:]))
+    slider.press("Home")
+    for at in range(len(calls)):
+        assert_steps(figure, at)
+        slider.press("ArrowRight")
+    assert_steps(figure, len(calls) - 1)                          # no further than the end
+    for at in range(len(calls) - 1, 0, -1):
+        slider.press("ArrowLeft")
+        assert_steps(figure, at - 1)
+    slider.press("End")
+    assert_steps(figure, len(calls) - 1)
+    slider.click(position={"x": 2, "y": slider.bounding_box()["height"] / 2})
+    assert_steps(figure, 0)
+
+
+@pytest.mark.parametrize("width, dark", [(1280, False), (390, True)], ids=["light", "dark-phone"])
+@pytest.mark.parametrize("page", CACHE_PAGES)
+def test_cache_steps_follow_the_keyboard(visit, page, width, dark):
+    tab = visit(page, width, dark)
+    figures = tab.locator(".attn-cache").all()
+    assert figures
+    for figure in figures:
+        assert_steps(figure, int(figure.locator("input").input_value()))
+        drive_steps(figure)
+        box = figure.locator("input").bounding_box()
+        assert box["height"] >= 24 and box["x"] >= 0 and box["x"] + box["width"] <= width
+        assert figure.get_by_role("slider", name="call", exact=True).count() == 1
+    assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_cache_steps_on_one_page_move_alone(visit):
+    """Twice the same figure, then one of another kind; before the scripts run it shows the same."""
+    from attn_nb.plot import cache_steps, slider_bars
+
+    weights = torch.rand(16, 16).tril() / 16
+    one = cache_steps(weights, [5, 1, 10], max_len=24, alt="a cache").html
+    bars = slider_bars(torch.rand(2, 3), steps="pq", bars="abc", alt="bars").html
+    tab = visit("nbs/bibliography.html", 390)
+    parts = "all => all.map(e => e.outerHTML)"
+    tab.set_content(re.sub(r"<script>.*</script>", "", one, flags=re.S))
+    assert tab.locator("[data-on]").count() == 0
+    still = tab.locator(".attn-cache :is(text, rect, g, output)").evaluate_all(parts)
+    names = "() => Object.getOwnPropertyNames(window).length"
+    before = tab.evaluate(names)
+    tab.set_content(one + bars + one)
+    first, second = tab.locator(".attn-cache").all()
+    assert first.locator(":is(text, rect, g, output)").evaluate_all(parts) == still
+    drive_steps(second)
+    assert_steps(first, 1)
+    first.locator("input").press("ArrowRight")
+    tab.locator(".attn-slider input").press("ArrowRight")
+    assert_steps(first, 2)
+    assert_steps(second, 0)
+    assert "q: largest" in tab.locator(".attn-slider output").inner_text()
+    assert tab.evaluate(names) == before
+    assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def gib(count, unit=2**30):
     """The number of units as people write it: two decimals at most, halves up, commas."""
     value = (Decimal(count) / unit).quantize(Decimal("0.01"), ROUND_HALF_UP)
@@ -396,11 +482,15 @@ CONTRAST = """() => {
   const bad = [];
   for (const e of document.querySelectorAll('article p, article li, article td, article th, article pre, article summary, ' +
                                             'article figcaption, article h1, article h2, article h3, .attn-slider text, ' +
-                                            '.attn-mask :is(text, b, output), ' +
+                                            '.attn-mask :is(text, b, output), .attn-cache :is(text, output), ' +
                                             '.attn-kv :is(text, b, select, output)')) {
     if (!e.textContent.trim() || !e.getClientRects().length) continue;
-    const style = getComputedStyle(e), svg = e.namespaceURI.includes('svg');
-    const a = lum(rgb(svg ? style.fill : style.color)), b = lum(behind(e));
+    const style = getComputedStyle(e), svg = e.namespaceURI.includes('svg'), ground = behind(e);
+    let seen = 1;
+    for (let p = e; p; p = p.parentElement) seen *= getComputedStyle(p).opacity;
+    if (!seen) continue;
+    const ink = rgb(svg ? style.fill : style.color).slice(0, 3).map((v, i) => seen * v + (1 - seen) * ground[i]);
+    const a = lum(ink), b = lum(ground);
     const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
     if (ratio < 4.5) bad.push(ratio.toFixed(1) + ' ' + e.tagName + ' ' + e.textContent.trim().slice(0, 30));
   }
@@ -416,10 +506,10 @@ def test_text_is_legible(visit, page, dark):
     assert tab.evaluate(CONTRAST) == []
 
 
-@pytest.mark.parametrize("page", sorted({"nbs/01_single_head.html", *MASK_PAGES, *KV_PAGES}))
+@pytest.mark.parametrize("page", sorted({"nbs/01_single_head.html", *MASK_PAGES, *KV_PAGES, *CACHE_PAGES}))
 def test_dark_figures_have_no_light_card(visit, page):
     tab = visit(page, dark=True)
-    shown = "article :is(div.cell_output img, .attn-slider, .attn-mask, .attn-kv)"
+    shown = "article :is(div.cell_output img, .attn-slider, .attn-mask, .attn-kv, .attn-cache)"
     cards = tab.evaluate("""shown => [...document.querySelectorAll(shown)].filter(e => {
         const c = getComputedStyle(e), n = c.backgroundColor.match(/[\\d.]+/g).map(Number);
         return c.filter !== 'none' || ((n.length < 4 || n[3] > 0) && n[0] + n[1] + n[2] > 300);

@@ -1,7 +1,6 @@
 """Shared KV heads: against PyTorch on copied heads, Hugging Face's Llama and Qwen2, the chapter before, and counted bytes."""
 import copy
 import math
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import Recorder
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_nb import grouped_query
 from attn_nb.causal import causal_mask, padding_mask
@@ -301,22 +300,6 @@ def test_both_roads_draw_the_same(Tq, is_causal):
 
 
 # --- grouped_attention: what it does not make
-
-class Recorder(TorchDispatchMode):
-    """The sizes of all memory that operations fill, in numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = Counter()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
-                self.made[x.untyped_storage().nbytes() // x.element_size()] += 1
-        return out
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("Tq, masked, options", [
@@ -734,6 +717,165 @@ def test_a_token_that_sees_nothing_gives_the_bias(out_bias):
         assert torch.equal(out[0, :2], want.expand(2, 15)) and (out[0, 2:] - want).abs().min() > 0
         grads = torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])
         assert all(g.isfinite().all() for g in grads) and not grads[0][0, :2].any() and grads[0][0, 2:].any()
+
+
+# --- the layer: doors for a cache and for rotary positions (chapters 07 and 08 use them)
+
+class Joined:
+    """The plainest cache: everything so far in two tensors, in a dtype of its own."""
+
+    def __init__(self, dtype=None):
+        self.length, self.pair, self.dtype, self.calls = 0, None, dtype, 0
+
+    def update(self, key, value):
+        self.calls += 1
+        new = tuple(x.to(self.dtype or x.dtype) for x in (key, value))
+        self.pair = new if self.pair is None else tuple(torch.cat(two, 2) for two in zip(self.pair, new))
+        self.length = self.pair[0].shape[2]
+        return self.pair
+
+
+def rope_for(B, T, half, dtype=torch.float64):
+    """Another angle for each text, token and point; cos and sin carry a factor, as long-context models want it."""
+    turn = 6 * torch.rand(B, T, half, dtype=torch.float64)
+    return (1.2 * turn.cos()).to(dtype), (1.2 * turn.sin()).to(dtype)
+
+
+def turned(x, rope):
+    """The same with complex numbers, (B, H, T, Dh)."""
+    half = rope[0].shape[-1]
+    points = torch.complex(x[..., :half], x[..., half:2 * half]) * torch.complex(*rope)[:, None]
+    return torch.cat([points.real, points.imag, x[..., 2 * half:]], -1)
+
+
+def written_out_layer(layer, x, rope=None, mask=None):
+    """Projections, turns, PyTorch's function on copied heads; and what a cache should keep."""
+    Hkv = layer.num_kv_heads
+    q, k, v = (p(x).unflatten(-1, (n, -1)).transpose(1, 2) for p, n in (
+        (layer.q_proj, layer.num_heads), (layer.k_proj, Hkv), (layer.v_proj, Hkv)))
+    if rope is not None:
+        q, k = turned(q, rope), turned(k, rope)
+    out = oracle(q, k, v, mask, is_causal=layer.is_causal)
+    return layer.o_proj(out.transpose(1, 2).flatten(2)), k, v
+
+
+@pytest.mark.parametrize("half", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_rotation_is_that_of_transformers(rows, half):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k = torch.randn(2, 6, 5, 2 * half).double(), torch.randn(2, 3, 5, 2 * half).double()
+    cos, sin = rope_for(rows, 5, half)
+    theirs = apply_rotary_pos_emb(q, k, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
+    for x, want in zip((q, k), theirs):
+        assert_close(grouped_query._rotate(x, cos, sin), want, rtol=0, atol=1e-12)
+        assert_close(want, turned(x, (cos, sin)), rtol=0, atol=1e-12)
+        assert (grouped_query._rotate(x, cos, -sin) - want).abs().max() > 1e-2
+    wide = torch.cat([q, torch.randn(2, 6, 5, 3)], -1)       # numbers behind the points stay as they are
+    assert torch.equal(grouped_query._rotate(wide, cos, sin), torch.cat([theirs[0], wide[..., 2 * half:]], -1))
+    assert torch.equal(grouped_query._rotate(q, cos[..., :0], sin[..., :0]), q)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_rotation_is_rounded_once(dtype):
+    x, (cos, sin) = torch.randn(2, 3, 50, 8).to(dtype), rope_for(2, 50, 4, torch.float32)
+    exact = turned(x.double(), (cos.double(), sin.double()))
+    assert torch.equal(grouped_query._rotate(x, cos, sin), turned(x.float(), (cos, sin)).to(dtype))
+    step = torch.finfo(dtype).eps
+    assert ((grouped_query._rotate(x, cos, sin).double() - exact).abs() <= 0.5001 * step * 2 ** exact.abs().log2().floor()
+            + 1e-6).all()
+
+
+@pytest.mark.parametrize("Hkv", [1, 2, 6])
+@pytest.mark.parametrize("rows, half", [(1, 2), (3, 2), (3, 1), (1, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_doors_open_together(masked, rows, half, Hkv):
+    """With rope, in one pass and in pieces: outputs and what is kept are those written out."""
+    layer, x = layer_and_x(Hkv)
+    rope, mask = rope_for(rows, 5, half), PADS if masked else None
+    want, keys, values = written_out_layer(layer, x, rope, mask)
+    for weights_too in (False, True):
+        def run(start, stop, **options):
+            out = layer(x[:, start:stop], rope=tuple(t[:, start:stop] for t in rope), return_weights=weights_too,
+                        attn_mask=None if mask is None else mask[..., :stop], **options)
+            return out[0] if weights_too else out
+        assert_close(run(0, 5), want, rtol=0, atol=1e-9)
+        for cuts in ((0, 5), (0, 3, 4, 5), (0, 1, 5), (0, 1, 2, 3, 4, 5), (0, 2, 2, 5)):
+            cache = Joined()
+            got = torch.cat([run(a, b, cache=cache) for a, b in zip(cuts, cuts[1:])], 1)
+            assert_close(got, want, rtol=0, atol=1e-9)
+            assert_close(cache.pair[0], keys, rtol=0, atol=1e-12)
+            assert_close(cache.pair[1], values, rtol=0, atol=1e-12)
+            assert cache.calls == len(cuts) - 1
+    if half:
+        assert (layer(x, attn_mask=mask) - want).abs().max() > 1e-2      # the turn does something
+
+
+def test_weights_of_new_rows_reach_back():
+    layer, x = layer_and_x()
+    cache, want = Joined(), layer(x, return_weights=True)[1]
+    for start, stop in ((0, 2), (2, 3), (3, 5)):
+        weights = layer(x[:, start:stop], cache=cache, return_weights=True)[1]
+        assert_close(weights, want[:, :, start:stop, :stop], rtol=0, atol=1e-9)
+
+
+def test_gradients_go_through_both_doors():
+    layer, x = layer_and_x()
+    rope = rope_for(3, 5, 2)
+
+    def pieces(x):
+        cache, spans = Joined(), ((0, 2), (2, 3), (3, 5))
+        return torch.cat([layer(x[:, a:b], cache=cache, rope=tuple(t[:, a:b] for t in rope)) for a, b in spans], 1)
+    assert_parity(with_parameters(layer, pieces), with_parameters(layer, lambda x: written_out_layer(layer, x, rope)[0]),
+                  x, *layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_cache_may_have_another_dtype(dtype, kept):
+    """Computed and returned in the layer's; float32 rope does not widen it."""
+    layer, x = layer_and_x()
+    layer, x = layer.to(dtype), x.to(dtype)
+    cache, rope = Joined(kept), rope_for(1, 5, 2, torch.float32)
+    outs = [layer(x[:, a:b], cache=cache, rope=tuple(t[:, a:b] for t in rope)) for a, b in ((0, 3), (3, 4), (4, 5))]
+    assert {out.dtype for out in outs} == {dtype} and cache.pair[0].dtype == kept
+    out = torch.cat(outs, 1)
+    q = grouped_query._rotate(layer.q_proj(x).unflatten(-1, (6, 4)).transpose(1, 2), *rope)
+    want = oracle(q, *(t.to(dtype) for t in cache.pair), is_causal=True)
+    assert_close(out, layer.o_proj(want.transpose(1, 2).flatten(2)), rtol=0, atol=20 * torch.finfo(dtype).eps)
+
+
+GOOD_ROPE = torch.ones(1, 5, 2), torch.zeros(1, 5, 2)
+
+
+@pytest.mark.parametrize("options, error, words", [
+    ({"cache": 3}, TypeError, "cache must have length and update, as KVCache has, got int"),
+    ({"cache": SimpleNamespace(length=0)}, TypeError, "cache must have length and update, .* got SimpleNamespace"),
+    ({"cache": {"update": 1, "length": 2}}, TypeError, "cache must have length and update, .* got dict"),
+    ({"rope": GOOD_ROPE[0]}, TypeError, r"rope must be a pair \(cos, sin\) of float tensors \(B or 1, T, half\), got Tensor"),
+    ({"rope": (*GOOD_ROPE, 1)}, TypeError, r"rope must be a pair .* got tuple"),
+    ({"rope": [*GOOD_ROPE]}, TypeError, "rope must be a pair .* got list"),
+    ({"rope": tuple(t.long() for t in GOOD_ROPE)}, TypeError, "rope must be a pair .* got tuple"),
+    ({"rope": tuple(t[:, :4] for t in GOOD_ROPE)}, ValueError, r"B=3, T=5 new .* got shapes \(1, 4, 2\) and \(1, 4, 2\)"),
+    ({"rope": (GOOD_ROPE[0], GOOD_ROPE[1][:, :4])}, ValueError, r"got shapes \(1, 5, 2\) and \(1, 4, 2\)"),
+    ({"rope": tuple(t[:, :1] for t in GOOD_ROPE)}, ValueError, r"T=5 new .* got shapes \(1, 1, 2\) and \(1, 1, 2\)"),
+    ({"rope": tuple(t[0] for t in GOOD_ROPE)}, ValueError, r"got shapes \(5, 2\) and \(5, 2\)"),
+    ({"rope": tuple(t[:, None] for t in GOOD_ROPE)}, ValueError, r"got shapes \(1, 1, 5, 2\) and"),
+    ({"rope": tuple(t.expand(2, 5, 2) for t in GOOD_ROPE)}, ValueError, r"B=3, T=5 .* got shapes \(2, 5, 2\) and"),
+    ({"rope": tuple(t.repeat(1, 1, 2) for t in GOOD_ROPE)}, ValueError, r"at most head_dim / 2 = 2, got shapes \(1, 5, 4\)"),
+    ({"rope": tuple(t.to("meta") for t in GOOD_ROPE)}, TypeError, "rope must be on the device of x, cpu, got meta and meta"),
+    ({"attn_mask": torch.ones(5, 5).bool()}, ValueError, r"broadcast to .* = \(3, 6, 5, 7\), got \(5, 5\)"),
+    ({"attn_mask": torch.ones(7).long()}, TypeError, "attn_mask must be bool .* got torch.int64"),
+    ({"attn_mask": torch.ones(7, device="meta")}, TypeError, "attn_mask must be on cpu like query, got meta"),
+])
+def test_what_the_doors_refuse_is_not_kept(options, error, words):
+    layer, x = layer_and_x()
+    cache = Joined()
+    layer(x[:, :2], cache=cache)
+    for weights_too in (False, True):
+        with pytest.raises(error, match=words):
+            layer(x, return_weights=weights_too, **{"cache": cache, **options})
+        assert cache.calls == 1 and cache.length == 2
 
 
 # --- the layer: dropout

@@ -25,6 +25,7 @@ from attn_nb.plot import (  # noqa: E402
     COLORS,
     GREY,
     _size,
+    cache_steps,
     kv_calculator,
     mask_grid,
     plot_attention,
@@ -55,7 +56,7 @@ def svg(ax):
 
 
 def drawings():
-    """One figure for each way to call the four functions."""
+    """One figure for each way to call the functions."""
     use_book_style()
     torch.manual_seed(0)
     scores = torch.randn(3, 4)
@@ -69,6 +70,8 @@ def drawings():
                                  start=(1, 2, 1), alt="a <mask>")._repr_html_()
     yield "mask_plain.html", mask_grid(torch.ones(3, 2).tril(-1).bool(), alt="a mask")._repr_html_()
     yield "mask_wide.html", mask_grid(torch.ones(1, 18).bool(), alt="a mask")._repr_html_()
+    yield "cache.html", cache_steps(causal_weights(5), [2, 1, 2], max_len=7, alt="a <cache>", start=2)._repr_html_()
+    yield "cache_plain.html", cache_steps(torch.ones(1, 1), [1], max_len=1, alt="a cache", start=0)._repr_html_()
     yield "calculator.html", kv_calculator(MODELS, cards=CARDS, alt="a <bar>", start=1)._repr_html_()
     yield "weights.svg", svg(plot_attention(scores.softmax(-1)))
     yield "masked.svg", svg(plot_attention(scores.softmax(-1), attn_mask=MASK, query_tokens="xyz", key_tokens="abcd",
@@ -82,6 +85,12 @@ def drawings():
     ax.plot([1, 2, 3], label="a line")
     ax.legend()
     yield "lines.svg", svg(ax)
+
+
+def causal_weights(T):
+    """Weights of T tokens, the same at every call."""
+    scores = 2 * torch.randn(T, T, generator=torch.Generator().manual_seed(1))
+    return scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
 
 
 def windows(offsets, sizes, q_len, kv_len):
@@ -366,6 +375,121 @@ def test_mask_grid_refuses_what_it_cannot_draw(changes, error, words):
     mask_grid(**good, start=(1, 2))
     with pytest.raises(error, match=words):
         mask_grid(**{**good, **changes})
+
+
+CALLS = [(9, [4, 1, 1, 1, 2], 12), (9, [9], 9), (1, [1], 1), (1, [1], 24), (16, [1] * 16, 24), (16, [8, 8], 16), (5, (1, 4), 6)]
+
+
+def in_words(number, past, stop):
+    slots = f"slot {past}" if stop == past + 1 else f"slots {past} to {stop - 1}"
+    keys = "key 0" if stop == 1 else f"keys 0 to {stop - 1}"
+    gone = "nothing kept before" if not past else "row 0 gone" if past == 1 else f"rows 0 to {past - 1} gone"
+    return f"call {number}: offset {past}; writes {slots}, reads {keys}; {gone}"
+
+
+@pytest.mark.parametrize("T, calls, max_len", CALLS)
+def test_cache_steps_draws_each_call_without_scripts(T, calls, max_len):
+    """Slots: kept, new or empty. Rows: gone, of now or to come, with as many cells as keys, as dark as their weights."""
+    weights = causal_weights(T)
+    for start in range(len(calls)):
+        html = cache_steps(weights, calls, max_len=max_len, alt="x", start=start)._repr_html_()
+        picture = re.sub(r"<script.*?</script>", "", html, flags=re.S)
+        past, stop = sum(calls[:start]), sum(calls[:start + 1])
+        slots = re.findall('<rect class="slot( kept| new|)"', picture)
+        assert slots == [" kept"] * past + [" new"] * (stop - past) + [""] * (max_len - stop)
+        rows = re.findall('<g class="(.*?)">(.*?)</g>', picture, flags=re.S)
+        assert [kind for kind, _ in rows] == ["gone"] * past + [""] * (stop - past) + ["later"] * (T - stop)
+        for i, (kind, row) in enumerate(rows):
+            cells = re.findall('<rect class="(kept|old)".*?fill-opacity="(.*?)"/>', row, flags=re.S)
+            assert {c for c, _ in cells} == {"old" if kind else "kept"} and f">{i}</text>" in row
+            assert [float(shade) for _, shade in cells] == pytest.approx((.08 + .92 * weights[i, :i + 1]).tolist(), abs=.0051)
+        assert f'<output aria-live="polite">{in_words(start, past, stop)}</output>' in picture
+        assert f'max="{len(calls) - 1}" step="1" value="{start}"' in picture
+
+
+@pytest.mark.parametrize("T, calls, max_len", CALLS)
+def test_cache_steps_puts_keys_under_their_slots(T, calls, max_len):
+    html = cache_steps(causal_weights(T), calls, max_len=max_len, alt="x", start=0)._repr_html_()
+    height = int(re.search(r'viewBox="0 0 400 (\d+)"', html)[1])
+    boxes = [tuple(map(int, box)) for box in re.findall(r'x="(\d+)"\s+y="(\d+)"\s+width="(\d+)"\s+height="(\d+)"', html)]
+    slots, cells = boxes[:max_len], boxes[max_len:]
+    assert len(cells) == T * (T + 1) // 2 and len({*boxes}) == len(boxes)
+    side = slots[0][2]
+    assert {box[2:] for box in boxes} == {(side, side)} and side >= 12
+    assert len({y for _, y, *_ in slots}) == 1 and all(b[0] - a[0] == side + 3 for a, b in zip(slots, slots[1:]))
+    rows = [cells[i * (i + 1) // 2:(i + 1) * (i + 2) // 2] for i in range(T)]
+    for i, row in enumerate(rows):
+        assert [x for x, *_ in row] == [x for x, *_ in slots[:i + 1]]
+        assert {y for _, y, *_ in row} == {rows[0][0][1] + (side + 3) * i}
+    assert rows[0][0][1] > slots[0][1] + side
+    assert slots[-1][0] + side <= 400 and cells[-1][1] + side <= height
+    assert [int(n) for n in re.findall(r'y="29">(\d+)</text>', html)] == list(range(max_len))
+
+
+def test_cache_steps_is_small_and_carries_the_calls():
+    figure = cache_steps(causal_weights(9), [4, 1, 1, 1, 2], max_len=12, alt="slots and rows")
+    html = figure._repr_html_()
+    data = json.loads(re.search(r'application/json">(.*?)</script>', html)[1])
+    spans = [(0, 4), (4, 5), (5, 6), (6, 7), (7, 9)]
+    assert data == {"calls": [[*span] for span in spans], "said": [in_words(i, *span) for i, span in enumerate(spans)]}
+    assert data["said"][0] == "call 0: offset 0; writes slots 0 to 3, reads keys 0 to 3; nothing kept before"
+    assert data["said"][1] == "call 1: offset 4; writes slot 4, reads keys 0 to 4; rows 0 to 3 gone"
+    largest = cache_steps(causal_weights(16), [1] * 16, max_len=24, alt="x")._repr_html_()
+    assert len(html.encode()) < 12_000 and len(largest.encode()) < 24_000
+    assert "http" not in html and "url(" not in html and " id=" not in html
+    assert repr(figure) == "[interactive figure] slots and rows" and 'aria-label="slots and rows"' in html
+    assert re.findall(r'<label>(\w+) <input type="range" min="0"\s+max="(\d+)" step="1" value="(\d+)"></label>', html) == [
+        ("call", "4", "1")]
+
+
+def test_cache_steps_cannot_be_broken_by_words():
+    html = cache_steps(causal_weights(3), [2, 1], max_len=3, alt='" onload="x</script><i>')._repr_html_()
+    assert "<i>" not in html and 'onload="x' not in html
+
+
+def test_cache_steps_takes_weights_of_any_kind():
+    for weights in (causal_weights(3).double(), causal_weights(3).bfloat16(), causal_weights(3).requires_grad_(),
+                    torch.eye(3), torch.zeros(3, 3), torch.eye(3).long()):
+        before = weights.detach().clone()
+        cache_steps(weights, [2, 1], max_len=3, alt="x")
+        assert torch.equal(weights, before)
+
+
+@pytest.mark.parametrize("changes, error, words", [
+    ({"weights": [[1.0]]}, TypeError, "weights must be a Tensor, got list"),
+    ({"calls": 3}, TypeError, "calls must be a Sequence, got int"),
+    ({"calls": None}, TypeError, "calls must be a Sequence, got NoneType"),
+    ({"calls": [2.0, 1]}, TypeError, "calls must be whole, got 2.0"),
+    ({"calls": [2, True]}, TypeError, "calls must be whole, got True"),
+    ({"calls": "21"}, TypeError, "calls must be whole, got '2'"),
+    ({"max_len": 3.0}, TypeError, "max_len must be whole, got 3.0"),
+    ({"max_len": None}, TypeError, "max_len must be whole, got None"),
+    ({"start": "1"}, TypeError, "start must be whole, got '1'"),
+    ({"start": True}, TypeError, "start must be whole, got True"),
+    ({"weights": torch.eye(3)[:2]}, ValueError, r"weights must be \(T, T\) with T from 1 to 16, got shape \(2, 3\)"),
+    ({"weights": torch.eye(3)[0]}, ValueError, r"weights must be \(T, T\) .* got shape \(3,\)"),
+    ({"weights": torch.eye(3)[None]}, ValueError, r"weights must be \(T, T\) .* got shape \(1, 3, 3\)"),
+    ({"weights": torch.zeros(0, 0)}, ValueError, r"weights must be \(T, T\) with T from 1 to 16, got shape \(0, 0\)"),
+    ({"weights": torch.eye(17), "calls": [17], "max_len": 17}, ValueError, r"T from 1 to 16, got shape \(17, 17\)"),
+    ({"weights": torch.full((3, 3), 0.3)}, ValueError, "weights must be causal, got a weight above the diagonal"),
+    ({"weights": torch.eye(3) * 1.1}, ValueError, "weights must be from 0 to 1, got 0 to 1.1"),
+    ({"weights": torch.eye(3) * -1}, ValueError, "weights must be from 0 to 1, got -1 to "),
+    ({"weights": torch.eye(3) * torch.nan}, ValueError, "weights must be from 0 to 1, got nan to nan"),
+    ({"calls": [2, 2]}, ValueError, r"calls must be sizes of at least 1 that add up to T=3, got \[2, 2\]"),
+    ({"calls": [2]}, ValueError, r"calls must be sizes of at least 1 that add up to T=3, got \[2\]"),
+    ({"calls": []}, ValueError, r"calls must be sizes of at least 1 that add up to T=3, got \[\]"),
+    ({"calls": [3, 0]}, ValueError, r"calls must be sizes of at least 1 .* got \[3, 0\]"),
+    ({"calls": [4, -1]}, ValueError, r"calls must be sizes of at least 1 .* got \[4, -1\]"),
+    ({"max_len": 2}, ValueError, "max_len must be from T=3 to 24, got 2"),
+    ({"max_len": 25}, ValueError, "max_len must be from T=3 to 24, got 25"),
+    ({"start": 2}, ValueError, r"start must be in 0 .. 1, got 2"),
+    ({"start": -1}, ValueError, r"start must be in 0 .. 1, got -1"),
+])
+def test_cache_steps_refuses_what_it_cannot_draw(changes, error, words):
+    good = {"weights": causal_weights(3), "calls": [2, 1], "max_len": 3, "alt": "x"}
+    cache_steps(**good)
+    with pytest.raises(error, match=words):
+        cache_steps(**{**good, **changes})
 
 
 def gib(count, unit=2**30):

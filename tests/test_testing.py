@@ -1,16 +1,21 @@
 """The reusable checks: each law is broken on purpose, and the message says which and where."""
 import contextlib
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import lively
 from torch import nn
 
 from attn_nb.testing import (
     TOLERANCE,
+    _cuts,
     _gap,
+    _other_token,
     _rewrite_future,
     assert_as_precise,
+    assert_cache_equals_full,
     assert_causal,
     assert_eval_deterministic,
     assert_parity,
@@ -625,3 +630,330 @@ def test_equal_infinities_are_quiet_and_no_module_is_refused():
             assert_eval_deterministic(bad, x)
     with pytest.raises(TypeError, match="fn must return a tensor"):
         assert_eval_deterministic(nn.LSTM(4, 4), x)
+
+
+# --- assert_cache_equals_full
+
+def sums(x, state):
+    """The simplest model with a memory: running sums."""
+    past = 0 if state is None else state
+    out = past + x.cumsum(-2)
+    return out, out[..., -1:, :]
+
+
+def means(x, state):
+    """Running averages, which need the place too."""
+    total, past = state or (0, 0)
+    out = total + x.cumsum(-2)
+    places = torch.arange(past + 1, past + x.shape[-2] + 1).to(x)[:, None]
+    return out / places, (out[..., -1:, :], past + x.shape[-2])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(3, 2), (4, 2), (7, 2), (2, 9, 3), (2, 3, 5, 4)])
+def test_cached_functions_pass(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    before = x.clone()
+    for step in (sums, means) if dtype in (torch.float64, torch.float32) else (sums,):
+        assert_cache_equals_full(step, torch.randint(-3, 4, shape).to(dtype) if step is sums else x)
+    assert torch.equal(x, before)
+
+
+def test_every_way_to_cut():
+    for T in range(3, 12):
+        cuts = _cuts(T)
+        assert all(sum(sizes) == T and min(sizes) >= 1 for sizes in cuts.values())
+        assert cuts["token by token"] == [1] * T and [T] not in cuts.values()
+        sizes = [tuple(s) for s in cuts.values()]
+        assert len({*sizes}) >= 3 and (T < 4 or any(max(s[1:]) > 1 for s in sizes)), "chunks after the first call"
+
+
+def test_another_first_token():
+    for x, axis in ((torch.zeros(2, 4, 3), -2), (torch.full((4, 3), -0.5), -2), (torch.randn(2, 3, 4, 5), -2),
+                    (torch.zeros(2, 4).long(), -1), (torch.tensor([5, 5, 1]), -1), (torch.randint(9, (3, 5)), -1)):
+        other, before = _other_token(x, axis), x.clone()
+        first = other.select(axis, 0) != x.select(axis, 0)
+        assert first.all() or x.is_floating_point() and (x.select(axis, 0) == -0.5).all()
+        assert torch.equal(other.narrow(axis, 1, x.shape[axis] - 1), x.narrow(axis, 1, x.shape[axis] - 1))
+        assert torch.equal(x, before) and (x.is_floating_point() or 0 <= other.min() <= other.max() <= max(x.max(), 1))
+
+
+def forgets(x, state):
+    return sums(x, None)
+
+
+def off_by_one(x, state):
+    """Averages whose place is one too large after the first call."""
+    total, past = state or (0, 0)
+    out, (_, length) = means(x, (total, past + (state is not None)))
+    return out, (total + x.cumsum(-2)[..., -1:, :], length - (state is not None))
+
+
+def keeps_the_first_of_a_chunk(x, state):
+    out, _ = sums(x, state)
+    return out, (0 if state is None else state) + x[..., :1, :]
+
+
+def sees_its_chunk(x, state):
+    """No mask: a chunk is read as a whole; single tokens are right."""
+    out, state = sums(x, state)
+    return out[..., -1:, :].expand(out.shape), state
+
+
+@pytest.mark.parametrize("step, words", [
+    (forgets, "cache, token by token: output 1 differs by"),
+    (off_by_one, "cache, token by token: output 1 differs by"),
+    (keeps_the_first_of_a_chunk, r"cache, a prompt, then tokens: output 3 differs by"),
+    (sees_its_chunk, "cache, token by token: output 0 differs by"),
+])
+def test_each_fault_of_a_memory_is_placed(step, words):
+    for shape in ((6, 2), (2, 6, 3)):
+        with pytest.raises(AssertionError, match=words):
+            assert_cache_equals_full(step, 1 + torch.rand(shape, dtype=torch.float64))
+
+
+def test_faults_that_only_some_cuts_show():
+    """Each cut finds what the others do not: a chunk after a token, a token after a chunk, a chunk after both."""
+    def fault(wrong):
+        def step(x, state):
+            sizes, past = state or ((), 0)
+            sizes = (*sizes, x.shape[-2])
+            out = past + x.cumsum(-2)
+            return (out + 1 if wrong(sizes) else out), (sizes, out[..., -1:, :])
+        return step
+
+    for wrong, words in ((lambda s: s == (1, 5), "a token, then a chunk: output 1"),
+                         (lambda s: s[0] == 3 and len(s) > 1 and s[-1] == 1, "a prompt, then tokens: output 3"),
+                         (lambda s: s == (3, 3), "two chunks: output 3"),
+                         (lambda s: s[:2] == (2, 1) and len(s) == 3, "chunk, token, chunk: output 3"),
+                         (lambda s: len(s) == 6, "token by token: output 5")):
+        with pytest.raises(AssertionError, match=words):
+            assert_cache_equals_full(fault(wrong), torch.randn(6, 2).double())
+
+
+def test_a_text_that_is_not_forgotten_is_found():
+    """State None must start a new text; a state of its own survives."""
+    kept = {}
+
+    def stale(x, state):
+        if not kept:                                         # made once, never emptied
+            kept["sum"] = torch.zeros(1, x.shape[-1], dtype=x.dtype)
+        out = kept["sum"] + x.cumsum(-2)
+        kept["sum"] = out[..., -1:, :]
+        return out, kept
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_cache_equals_full(stale, torch.randn(6, 2).double())
+
+    last = []
+
+    def one_text_late(x, state):
+        """The first output of a text hears of the text before it, but only of another one."""
+        out, new = sums(x, state)
+        if state is None:
+            out = out + sum(float(not torch.equal(x[..., 0, :], first)) for first in last)
+            last[:] = [x[..., 0, :].clone()]
+        return out, new
+    with pytest.raises(AssertionError, match="a new sequence: output 0 differs by"):
+        assert_cache_equals_full(one_text_late, torch.randn(6, 2).double())
+
+
+def test_useless_evidence_about_a_cache_is_refused():
+    for step in (lambda x, state: (x * 2, None), lambda x, state: (torch.zeros_like(x), None)):
+        with pytest.raises(AssertionError, match="vacuous: the last output does not depend on the first token"):
+            assert_cache_equals_full(step, torch.randn(2, 5, 3).double())
+
+    def window(x, state):                                    # sees two tokens
+        past = torch.zeros_like(x[..., :1, :]) if state is None else state
+        both = torch.cat([past, x], -2)
+        return both[..., 1:, :] + both[..., :-1, :], x[..., -1:, :]
+    with pytest.raises(AssertionError, match="vacuous"):
+        assert_cache_equals_full(window, torch.randn(2, 5, 3).double())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_from_a_cache_is_a_fault(value):
+    def poisoned(x, state):
+        out, new = sums(x, state)
+        return (out if state is None else out.masked_fill(torch.ones_like(out).bool(), value)), new
+    with pytest.raises(AssertionError, match="cache, token by token: output 1 differs by"):
+        assert_cache_equals_full(poisoned, torch.randn(5, 2).double())
+
+    def everywhere(x, state):
+        out, new = sums(x, state)
+        return out.masked_fill(torch.ones_like(out).bool(), value), new
+    with pytest.raises(AssertionError, match="vacuous"):
+        assert_cache_equals_full(everywhere, torch.randn(5, 2).double())
+
+
+def test_equal_infinities_pass_and_hide_nothing():
+    """A constant -inf, as for a word that is never written, is no fault and does not widen the bound."""
+    def step(x, state):
+        out, new = sums(x, state)
+        return torch.cat([out, torch.full_like(out[..., :1], -torch.inf)], -1), new
+
+    def slightly_wrong(x, state):
+        out, new = step(x, state)
+        return (out if state is None else out + 1e-6), new
+    x = torch.randn(5, 2).double()
+    assert_cache_equals_full(step, x)
+    with pytest.raises(AssertionError, match="output 1 differs by 1e-06"):
+        assert_cache_equals_full(slightly_wrong, x)
+
+
+@pytest.mark.parametrize("step, x, error, words", [
+    (sums, torch.randn(2, 3), ValueError, r"x must be float \(..., T, D\) or integer .* 3 tokens, got \(2, 3\)"),
+    (sums, torch.randn(4), ValueError, r"x must be .* got \(4,\)"),
+    (sums, torch.randn(0, 4, 3), ValueError, r"x must be .* got \(0, 4, 3\)"),
+    (sums, torch.randn(4, 0), ValueError, r"x must be .* got \(4, 0\)"),
+    (sums, torch.tensor([1, 2]), ValueError, r"x must be .* got \(2,\)"),
+    (sums, torch.tensor(1), ValueError, r"x must be .* got \(\)"),
+    (sums, torch.tensor(1.0), ValueError, r"x must be .* got \(\)"),
+    (lambda x, s: x, torch.randn(4, 3), TypeError, r"step must return a pair \(out, state\), got Tensor"),
+    (lambda x, s: [x, s], torch.randn(4, 3), TypeError, r"step must return a pair \(out, state\), got list"),
+    (lambda x, s: (x, s, s), torch.randn(4, 3), TypeError, r"step must return a pair \(out, state\), got tuple"),
+    (lambda x, s: None, torch.randn(4, 3), TypeError, r"step must return a pair \(out, state\), got NoneType"),
+    (lambda x, s: (None, x), torch.randn(4, 3), TypeError, "must return a tensor, got NoneType"),
+    (lambda x, s: (x.long(), s), torch.randn(4, 3), TypeError, "floating-point tensor .* got torch.int64"),
+    (lambda x, s: (x[:, :0], s), torch.randn(4, 3), TypeError, "not empty, got"),
+    (lambda x, s: (x[-1:], s), torch.randn(4, 3), ValueError, r"out must be \(..., 4, any\), got \(1, 3\)"),
+    (lambda x, s: (x[:, 0], s), torch.randn(4, 3), ValueError, r"out must be \(..., 4, any\), got \(4,\)"),
+    (lambda x, s: (x.mT, s), torch.randn(4, 3), ValueError, r"out must be \(..., 4, any\), got \(3, 4\)"),
+    (lambda x, s: (x.float(), s), torch.randint(9, (2, 5)), ValueError, r"out must be \(..., 5, any\), got \(2, 5\)"),
+])
+def test_wrong_steps_are_refused(step, x, error, words):
+    with pytest.raises(error, match=words):
+        assert_cache_equals_full(step, x)
+
+
+def test_a_step_may_write_to_what_it_gets():
+    def greedy(x, state):
+        out, new = sums(x, state)
+        x.zero_()
+        return out, new
+    x = torch.randn(5, 2).double()
+    before = x.clone()
+    assert_cache_equals_full(greedy, x)
+    assert torch.equal(x, before)
+
+
+def grouped_layer():
+    from attn_nb.grouped_query import GroupedQueryAttention
+
+    return lively(GroupedQueryAttention(10, 6, 2, head_dim=4, qkv_bias=True, out_bias=True).double())
+
+
+@pytest.mark.parametrize("T", [3, 4, 9])
+@pytest.mark.parametrize("shape", [(), (2,), (2, 2)])
+def test_our_cached_layer_passes(shape, T):
+    from attn_nb.kv_cache import KVCache
+
+    layer = grouped_layer()
+
+    def step(x, cache):
+        if cache is None:
+            cache = KVCache(math.prod(shape), 2, T, 4, dtype=x.dtype)
+        return layer(x, cache=cache), cache
+    assert_cache_equals_full(step, torch.randn(*shape, T, 10).double())
+
+
+FAULTS = {"none": None, "offset 0": "token by token: output 1", "no mask": "token by token: output 0",
+          "cache dropped": "token by token: output 1", "empty slots without mask": "differs",
+          "stale cache": "differs", "keys only": "token by token: output 1", "position off by one": "token by token: output 1",
+          "position of the call": "token by token: output 1", "upper left corner": "output"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_a_cached_layer(fault):
+    """A layer with rotary positions, and one mistake in how its cache is used."""
+    from attn_nb.grouped_query import _rotate, grouped_attention
+    from attn_nb.kv_cache import KVCache
+    from attn_nb.multi_head import merge_heads, split_heads
+
+    layer, old = grouped_layer(), []
+
+    def step(x, cache):
+        if cache is None or fault == "cache dropped":
+            cache = KVCache(2, 2, 90, 4, dtype=x.dtype)
+            if fault == "stale cache":
+                cache = (old or [cache])[0]
+                old[:] = [cache]
+        past, T = cache.length, x.shape[1]
+        place = past + torch.arange(T)
+        place = {"position off by one": place + (past > 0), "position of the call": torch.arange(T)}.get(fault, place)
+        turn = place[:, None] * torch.tensor([1.0, 0.3]).double()
+        q, k, v = (split_heads(p(x), n) for p, n in ((layer.q_proj, 6), (layer.k_proj, 2), (layer.v_proj, 2)))
+        q, k = (_rotate(t, turn.cos()[None], turn.sin()[None]) for t in (q, k))
+        keys, values = cache.update(k, v)
+        if fault == "keys only":
+            values = torch.cat([0 * values[:, :, :past], v], 2)
+        causal = fault != "no mask"
+        if fault == "empty slots without mask" and T == 1:
+            keys, values, causal = cache._keys, cache._values, False
+        offset = 0 if fault == "offset 0" or fault == "upper left corner" and T > 1 else past
+        return layer.o_proj(merge_heads(grouped_attention(q, keys, values, is_causal=causal, offset=offset))), cache
+
+    x = torch.randn(2, 7, 10).double()
+    with torch.no_grad():
+        if FAULTS[fault] is None:
+            assert_cache_equals_full(step, x)
+            return
+        with pytest.raises(AssertionError, match=FAULTS[fault]) as caught:
+            assert_cache_equals_full(step, x)
+        assert "vacuous" not in str(caught.value)
+        if fault == "upper left corner":
+            assert "two chunks" in str(caught.value)         # single tokens are right
+
+
+def llama_step(fault=None):
+    """A random LlamaForCausalLM as a step, on ids or embeddings, with one mistake."""
+    import transformers
+
+    config = transformers.LlamaConfig(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, head_dim=4, vocab_size=30,
+                                      intermediate_size=20, num_hidden_layers=2, max_position_embeddings=64)
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    for block in model.model.layers:
+        lively(block.self_attn)
+
+    def step(x, state):
+        cache = transformers.DynamicCache() if state is None or fault == "dropped" else state
+        past = cache.get_seq_length()
+        places = torch.arange(past, past + x.shape[1]) + (fault == "late" and past > 0)
+        name = "inputs_embeds" if x.is_floating_point() else "input_ids"
+        with torch.no_grad():
+            out = model(**{name: x}, past_key_values=cache, use_cache=True, position_ids=places[None])
+        if fault == "values lost":
+            cache.layers[0].values.zero_()
+        return out.logits, cache
+    return step
+
+
+@pytest.mark.parametrize("fault", [None, "dropped", "late", "values lost"])
+@pytest.mark.parametrize("x", [torch.arange(14).view(2, 7), torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0))
+                               .double()], ids=["ids", "embeddings"])
+def test_a_model_of_transformers(x, fault):
+    if fault is None:
+        assert_cache_equals_full(llama_step(), x)
+        return
+    with pytest.raises(AssertionError, match="cache, token by token: output 1 differs by"):
+        assert_cache_equals_full(llama_step(fault), x)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_cache_for_all_layers_is_found(shared):
+    from attn_nb.kv_cache import KVCache
+
+    layers = [grouped_layer() for _ in range(2)]
+
+    def step(x, caches):
+        if caches is None:
+            caches = [KVCache(2, 2, 20, 4, dtype=x.dtype) for _ in layers]
+            caches = [caches[0]] * 2 if shared else caches
+        with torch.no_grad():
+            for layer, cache in zip(layers, caches):
+                x = x + layer(x, cache=cache)
+        return x, caches
+    if shared:
+        with pytest.raises(AssertionError, match="cache, token by token: output 0 differs by"):      # one pass is wrong too
+            assert_cache_equals_full(step, torch.randn(2, 6, 10).double())
+    else:
+        assert_cache_equals_full(step, torch.randn(2, 6, 10).double())
