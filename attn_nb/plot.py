@@ -489,6 +489,7 @@ _CACHE_STYLE = f"""
 .attn-cache {{max-width: 36em; color: inherit}}
 .attn-cache text {{font: 12px sans-serif; fill: currentColor;
   text-anchor: middle}}
+.attn-cache .head {{text-anchor: start}}
 .attn-cache rect {{stroke: {GREY}; fill: none}}
 .attn-cache .kept {{fill: {COLORS[0]}}}
 .attn-cache .new {{fill: {COLORS[1]}}}
@@ -617,8 +618,8 @@ def _cache_shapes(weights: Tensor, span: tuple[int, int], max_len: int,
     """
     past, stop = span
     left, side = 34, cell - 3
-    middle = left + cell * max_len // 2
-    shapes = [f'<text x="{middle}" y="12">slots of the cache</text>']
+    shapes = [f'<text class="head" x="{left}" y="12">slots of the cache'
+              "</text>"]
     for j in range(max_len):
         kind = " kept" if j < past else " new" if j < stop else ""
         x = left + cell * j
@@ -626,9 +627,9 @@ def _cache_shapes(weights: Tensor, span: tuple[int, int], max_len: int,
                       f'width="{side}" height="{side}"/>'
                       f'<text x="{x + side // 2}" y="29">{j}</text>')
     top = 34 + cell + 26
-    shapes.append(f'<text x="17" y="{top - 8}">query</text>'
-                  f'<text x="{middle}" y="{top - 8}">weights of the rows '
-                  "that are computed</text>")
+    shapes.append(f'<text x="16" y="{top - 8}">query</text>'
+                  f'<text class="head" x="{left + 6}" y="{top - 8}">weights '
+                  "of the rows that are computed</text>")
     for i, row in enumerate(weights.tolist()):
         now, y = past <= i < stop, top + cell * i
         kind = "gone" if i < past else "" if now else "later"

@@ -233,7 +233,7 @@ def assert_steps(figure, at):
     data = json.loads(figure.locator("script").text_content())
     past, stop = data["calls"][at]
     said = data["said"][at]
-    assert said.startswith(f"call {at}: offset {past}; writes ") and f"key{'s 0 to' * (stop > 1)} {stop - 1};" in said
+    assert said.startswith(f"call {at + 1}: offset {past}; writes ") and f"key{'s 0 to' * (stop > 1)} {stop - 1};" in said
     assert figure.locator("output").inner_text() == said
     assert figure.locator("input").get_attribute("aria-valuetext") == said
     slots = figure.locator("rect.slot").evaluate_all("all => all.map(e => [e.getAttribute('class'), getComputedStyle(e).fill])")

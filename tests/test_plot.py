@@ -384,7 +384,7 @@ def in_words(number, past, stop):
     slots = f"slot {past}" if stop == past + 1 else f"slots {past} to {stop - 1}"
     keys = "key 0" if stop == 1 else f"keys 0 to {stop - 1}"
     gone = "nothing kept before" if not past else "row 0 gone" if past == 1 else f"rows 0 to {past - 1} gone"
-    return f"call {number}: offset {past}; writes {slots}, reads {keys}; {gone}"
+    return f"call {number + 1}: offset {past}; writes {slots}, reads {keys}; {gone}"
 
 
 @pytest.mark.parametrize("T, calls, max_len", CALLS)
@@ -432,8 +432,8 @@ def test_cache_steps_is_small_and_carries_the_calls():
     data = json.loads(re.search(r'application/json">(.*?)</script>', html)[1])
     spans = [(0, 4), (4, 5), (5, 6), (6, 7), (7, 9)]
     assert data == {"calls": [[*span] for span in spans], "said": [in_words(i, *span) for i, span in enumerate(spans)]}
-    assert data["said"][0] == "call 0: offset 0; writes slots 0 to 3, reads keys 0 to 3; nothing kept before"
-    assert data["said"][1] == "call 1: offset 4; writes slot 4, reads keys 0 to 4; rows 0 to 3 gone"
+    assert data["said"][0] == "call 1: offset 0; writes slots 0 to 3, reads keys 0 to 3; nothing kept before"
+    assert data["said"][1] == "call 2: offset 4; writes slot 4, reads keys 0 to 4; rows 0 to 3 gone"
     largest = cache_steps(causal_weights(16), [1] * 16, max_len=24, alt="x")._repr_html_()
     assert len(html.encode()) < 12_000 and len(largest.encode()) < 24_000
     assert "http" not in html and "url(" not in html and " id=" not in html
