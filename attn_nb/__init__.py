@@ -6,7 +6,8 @@ from .dropout import CausalAttention
 from .grouped_query import GroupedQueryAttention, grouped_attention, kv_cache_bytes, repeat_kv
 from .multi_head import MultiHeadAttention, merge_heads, split_heads
 from .multi_head_wrapper import MultiHeadAttentionWrapper
-from .plot import kv_calculator, mask_grid, plot_attention, slider_bars, use_book_style
+from .plot import kv_calculator, mask_grid, plot_attention, rotary_dial, slider_bars, use_book_style
+from .positions import apply_rotary, convert_rotary_layout, rope_cos_sin, sinusoidal_positions
 from .single_head import SelfAttention, attention
 from .testing import (
     assert_as_precise,
@@ -21,9 +22,10 @@ from .testing import (
 
 __all__ = [
     "CausalAttention", "CausalSelfAttention", "GroupedQueryAttention", "MultiHeadAttention",
-    "MultiHeadAttentionWrapper", "SelfAttention", "assert_as_precise", "assert_causal", "assert_eval_deterministic",
-    "assert_parity", "assert_permutation_equivariant", "assert_rows_sum_to_one", "attention", "bias_to_mask",
-    "catches", "causal_mask", "grouped_attention", "kv_cache_bytes", "kv_calculator", "mask_from_mha", "mask_grid",
-    "mask_to_bias", "merge_heads", "padding_mask", "plot_attention", "repeat_kv", "slider_bars", "split_heads",
-    "tolerance", "use_book_style",
+    "MultiHeadAttentionWrapper", "SelfAttention", "apply_rotary", "assert_as_precise", "assert_causal",
+    "assert_eval_deterministic", "assert_parity", "assert_permutation_equivariant", "assert_rows_sum_to_one",
+    "attention", "bias_to_mask", "catches", "causal_mask", "convert_rotary_layout", "grouped_attention",
+    "kv_cache_bytes", "kv_calculator", "mask_from_mha", "mask_grid", "mask_to_bias", "merge_heads", "padding_mask",
+    "plot_attention", "repeat_kv", "rope_cos_sin", "rotary_dial", "sinusoidal_positions", "slider_bars",
+    "split_heads", "tolerance", "use_book_style",
 ]
