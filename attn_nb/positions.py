@@ -105,8 +105,8 @@ def rope_cos_sin(positions: Tensor, head_dim: int, theta: float = 10000.0,
         speeds = _frequencies(dim, theta, positions.device)      # (Half,)
     else:
         speeds, factor = _scaled_frequencies(positions, dim, theta, scaling)
-    places = positions.reshape(-1, positions.shape[-1], 1)       # (B, T, 1)
-    angles = places.float() * speeds                             # (B, T, Half)
+    rows = positions if positions.dim() == 2 else positions[None]    # (B, T)
+    angles = rows[..., None].float() * speeds            # (B, T, Half)
     return angles.cos() * factor, angles.sin() * factor  # (B, T, Half)
 
 # %% ../nbs/08_positions.ipynb #check-rope-inputs
@@ -146,12 +146,12 @@ def _read_scaling(scaling: dict | None, head_dim: int, theta: float
         raise TypeError("scaling must be a dict or None, got "
                         f"{type(scaling).__name__}")
     given = {k: v for k, v in (scaling or {}).items() if v is not None}
-    kinds = {given.pop(k) for k in ("type", "rope_type") if k in given}
-    kind = kinds.pop() if kinds else "default"
-    if kinds or kind not in _NEEDS:
+    kinds = [given.pop(k) for k in ("rope_type", "type") if k in given]
+    kind, other = (kinds or ["default"])[0], kinds[1:]
+    if kind not in [*_NEEDS] or other not in ([], [kind]):
         raise ValueError("scaling must have one type of "
                          f"{', '.join(_NEEDS)}, got "
-                         f"{' and '.join(map(repr, sorted({kind, *kinds})))}")
+                         f"{' and '.join(map(repr, [kind, *other]))}")
     base = given.pop("rope_theta", theta)
     for name, number in (("theta", theta), ("scaling['rope_theta']", base)):
         _check_number(name, number, 1.0, above=True)
@@ -357,7 +357,7 @@ def _llama3_frequencies(speeds: Tensor, scaling: dict) -> Tensor:
     """Slow pairs slower by the factor, fast ones as they are, a blend."""
     factor, old = scaling["factor"], scaling[_OLD]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    wavelength = 2 * math.pi / speeds                    # (Half,) tokens
+    wavelength = 2 * math.pi / speeds                    # (Half,)
     keep = (old / wavelength - low) / (high - low)       # (Half,)
     mixed = (1 - keep) * speeds / factor + keep * speeds     # (Half,)
     mixed = torch.where(wavelength > old / low, speeds / factor, mixed)
@@ -377,7 +377,7 @@ def _yarn_frequencies(dim: int, theta: float, scaling: dict,
     high += 0.001 * (low == high)                        # no division by 0
     pair = torch.arange(dim // 2, dtype=torch.float32, device=device)
     keep = 1 - ((pair - low) / (high - low)).clamp(0, 1)     # (Half,)
-    tokens = theta ** _pairs(dim, device)                # (Half,) per radian
+    tokens = theta ** _pairs(dim, device)                # (Half,)
     speeds = (1.0 / (factor * tokens)) * (1 - keep) + (1.0 / tokens) * keep
     return speeds, _yarn_factor(scaling)
 
