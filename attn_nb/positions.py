@@ -202,12 +202,12 @@ def _check_entries(kind: str, given: dict) -> None:
 # %% ../nbs/08_positions.ipynb #sort-pairs
 def _sort_pairs(x: Tensor) -> Tensor:
     """From interleaved to half-split: first all x, then all y of points."""
-    return x.unflatten(-1, (-1, 2)).mT.flatten(-2)
+    return x.unflatten(-1, (-1, 2)).mT.flatten(-2)       # (..., Dh)
 
 
 def _mix_pairs(x: Tensor) -> Tensor:
     """From half-split to interleaved, the way back."""
-    return x.unflatten(-1, (2, -1)).mT.flatten(-2)
+    return x.unflatten(-1, (2, -1)).mT.flatten(-2)       # (..., Dh)
 
 # %% ../nbs/08_positions.ipynb #apply-rotary
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *,

@@ -121,7 +121,8 @@ def test_outputs(path):
             assert {"label", "fig-cap", "fig-alt"} <= directives.keys(), f"{cell.id}: label, caption and alt text"
             assert re.fullmatch(r"fig-[a-z-]+", directives["label"])
             assert len(directives["fig-alt"]) > 40
-        if re.search(r"slider_bars\(|mask_grid\(|kv_calculator\(|rotary_dial\(", body) and not exported(cell) and "catches(" not in body:
+        moving = r"slider_bars\(|mask_grid\(|kv_calculator\(|rotary_dial\("
+        if re.search(moving, body) and not exported(cell) and "catches(" not in body:
             assert any("text/html" in o.get("data", {}) for o in cell.outputs), f"{cell.id}: no committed figure"
 
 

@@ -202,7 +202,8 @@ def test_partial_rotary_factor(part, scaling):
         assert torch.equal(a, b)
 
 
-@given(p=st.lists(st.integers(0, 10 ** 5), min_size=1, max_size=4), half=st.integers(1, 9), theta=st.sampled_from([3.0, 1e4, 1e6]))
+@given(p=st.lists(st.integers(0, 10 ** 5), min_size=1, max_size=4), half=st.integers(1, 9),
+       theta=st.sampled_from([3.0, 1e4, 1e6]))
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_plain_tables_against_doubles(p, half, theta):
     """The angle's own rounding and no more: position / 2**22 radians."""
