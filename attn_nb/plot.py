@@ -826,15 +826,14 @@ def rotary_dial(query: Tensor, key: Tensor, speeds: Tensor, *, alt: str,
         a figure of about 7 kB; a notebook displays it. Numbers are kept to
         4 decimals.
     Raises:
-        TypeError: length or a position is no int.
+        TypeError: an argument is no tensor, or a position or length no int.
         ValueError: a shape is another, a number is not finite, query or
             key is 0, or length or start is out of range.
     Source: Su et al. 2021, figure 1. See: chapter 08.
     """
     _check_dial(query, key, speeds, length, start)
-    q, k, w = ([*t.detach().double().cpu().mul(1e4).round().div(1e4)]
+    q, k, w = (t.detach().double().cpu().mul(1e4).round().div(1e4)
                for t in (query, key, speeds))
-    q, k, w = torch.stack(q), torch.stack(k), torch.stack(w)
     size = 64 / max(q.norm(dim=1).max().item(), k.norm(dim=1).max().item())
     gaps = torch.arange(1 - length, length).double()[:, None]
     curve = (q * _turn(k, -gaps * w)).sum((1, 2))        # (N,)
@@ -902,11 +901,14 @@ def _check_dial(query: Tensor, key: Tensor, speeds: Tensor, length: int,
     """Raise TypeError or ValueError: argument, wanted, got."""
     for name, t, shape in (("query", query, (2, 2)), ("key", key, (2, 2)),
                            ("speeds", speeds, (2,))):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got "
+                            f"{type(t).__name__}")
         if tuple(t.shape) != shape or not t.isfinite().all():
             raise ValueError(f"{name} must be {shape} finite numbers, got "
                              f"{t.tolist()}")
-        if name != "speeds" and not t.any(-1).any():
-            raise ValueError(f"{name} must not be 0")
+        if name != "speeds" and t.abs().max() < 1e-4:
+            raise ValueError(f"{name} must not be 0 to 4 decimals")
     _check_whole("length", length, 2, 200)
     if len(start) != 2:
         raise ValueError(f"start must be two positions, got {start}")
