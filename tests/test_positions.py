@@ -402,6 +402,19 @@ def test_interleaved_is_gptjs():
     assert (ours(x, interleaved=False) - theirs(x)).abs().max() > 0.1
 
 
+def test_which_models_turn_a_part_of_the_head():
+    """What the chapter says of GPT-J, GPT-NeoX and Phi; NeoX is half-split."""
+    from transformers import GPTJConfig, GPTNeoXConfig, PhiConfig
+    from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
+
+    j = GPTJConfig()
+    assert 0 < j.rotary_dim < j.n_embd // j.n_head
+    assert GPTNeoXConfig().rope_parameters["partial_rotary_factor"] < 1 > PhiConfig().rope_parameters["partial_rotary_factor"]
+    x, (cos, sin) = torch.randn(2, 3, 5, 12), rope_cos_sin(torch.arange(5), 12, scaling={"partial_rotary_factor": 1 / 3})
+    twice = [torch.cat([t, t], -1) for t in (cos, sin)]
+    assert_close(apply_rotary(x, cos, sin, rotary_dim=4)[..., :4], apply_rotary_pos_emb(x[..., :4], x[..., :4], *twice)[0])
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_as_precise_as_transformers(dtype, interleaved):
