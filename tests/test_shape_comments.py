@@ -11,7 +11,7 @@ from attn_nb.dropout import CausalAttention
 from attn_nb.grouped_query import GroupedQueryAttention, grouped_attention, repeat_kv
 from attn_nb.multi_head import MultiHeadAttention
 from attn_nb.multi_head_wrapper import MultiHeadAttentionWrapper
-from attn_nb.plot import plot_attention, slider_bars
+from attn_nb.plot import plot_attention, rotary_dial, slider_bars
 from attn_nb.positions import apply_rotary, rope_cos_sin, sinusoidal_positions
 from attn_nb.single_head import SelfAttention, attention
 
@@ -91,6 +91,7 @@ def test_every_shape_comment_of_the_package_has_run():
     heads = torch.randn(2, 6, 4, 8)
     repeat_kv(heads, 2)
     grouped_attention(heads[:, :, :1], heads[:, :3], heads[:, :3], real)
+    rotary_dial(torch.eye(2), torch.eye(2), torch.ones(2), alt="two arrows")
     sinusoidal_positions(4, 5)
     old = {"factor": 2.0, "original_max_position_embeddings": 3}
     for scaling in (None, {"type": "linear", "factor": 2.0}, {"type": "dynamic", **old}, {"type": "yarn", **old},
