@@ -113,6 +113,7 @@ def test_sinusoids_refuse(args, error, words):
         sinusoidal_positions(*args)
 
 
+@pytest.mark.slow
 def test_sinusoids_on_other_devices_and_compiled():
     assert sinusoidal_positions(4, 6, device="meta").device.type == "meta"
     compiled = torch.compile(sinusoidal_positions, fullgraph=True)
@@ -305,6 +306,7 @@ class Tables(nn.Module):
         return rope_cos_sin(positions, 32, scaling=self.scaling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3, YARN], ids=["default", "linear", "llama3", "yarn"])
 def test_tables_compile_and_export(scaling):
     positions = torch.arange(40).view(2, 20)
@@ -499,6 +501,7 @@ class Turn(nn.Module):
         return apply_rotary(x, *rope_cos_sin(positions, 6), interleaved=self.interleaved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_turning_compiles_exports_and_maps(interleaved):
     x, positions = torch.randn(2, 3, 5, 8), torch.randint(0, 99, (2, 5))
@@ -682,6 +685,7 @@ def test_chunks_with_their_positions_equal_one_pass(cuts, rotary_dim):
     assert len(cuts) == 1 or (chunked(x, slip=1) - chunked(x)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_layer_stays_causal_and_compiles():
     _, ours, _ = lively_pair(24, 6, 2, 8, None)
     rope = rope_cos_sin(torch.arange(6), 8)
