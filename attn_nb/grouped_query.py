@@ -207,7 +207,7 @@ def _check_rope(rope: tuple[Tensor, Tensor], x: Tensor) -> None:
         raise TypeError(f"{wanted}, got {type(rope).__name__}")
     (B, _, T, Dh), shapes = x.shape, [tuple(t.shape) for t in rope]
     half = rope[0].shape[-1] if rope[0].dim() == 3 else Dh
-    if not (shapes[0] == shapes[1] in {(1, T, half), (B, T, half)}
+    if not (shapes[0] == shapes[1] in [(1, T, half), (B, T, half)]
             and 2 * half <= Dh):
         raise ValueError(f"{wanted} with B={B}, T={T} new tokens and half "
                          f"at most head_dim / 2 = {Dh // 2}, got shapes "

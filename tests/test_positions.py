@@ -693,3 +693,30 @@ def test_layer_stays_causal_and_compiles():
     assert_causal(lambda x: ours(x, rope=rope), x)
     compiled = torch.compile(lambda x, positions: ours(x, rope=rope_cos_sin(positions, 8)), fullgraph=True)
     assert_close(compiled(x, torch.arange(6)), ours(x, rope=rope), rtol=0, atol=1e-5)
+
+
+class Layer(nn.Module):
+    def __init__(self, interleaved):
+        super().__init__()
+        self.attend, self.interleaved = GroupedQueryAttention(24, 6, 2, head_dim=8), interleaved
+
+    def forward(self, x, positions):
+        rope = rope_cos_sin(positions, 8, scaling=YARN)
+        heads = x.unflatten(-1, (3, 8)).transpose(1, 2)
+        return self.attend(x, rope=rope), apply_rotary(heads, *rope, interleaved=self.interleaved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_layer_exports_and_compiles_for_any_length(own, interleaved):
+    module, x, positions = Layer(interleaved).eval(), torch.randn(3, 7, 24), torch.arange(7)
+    B, T = torch.export.Dim("B", min=2, max=64), torch.export.Dim("T", min=2, max=512)
+    axes = {0: B, 1: T} if own else {0: T}
+    positions = positions.expand(3, 7).contiguous() if own else positions
+    exported = torch.export.export(module, (x, positions), dynamic_shapes=({0: B, 1: T}, axes)).module()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    longer = torch.randn(5, 19, 24), torch.randint(0, 99, (5, 19) if own else (19,))
+    for made in (exported, compiled):
+        for a, b in zip(made(*longer), module(*longer)):
+            assert_close(a, b, rtol=1e-4, atol=1e-5)
