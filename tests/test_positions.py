@@ -40,6 +40,11 @@ def seed():
     torch.manual_seed(0)
 
 
+def fresh(value):
+    """The same word as another object, as a file has it."""
+    return value.encode().decode() if isinstance(value, str) else value
+
+
 def config(head_dim, scaling, theta=10000.0, max_len=4096):
     from transformers import LlamaConfig
 
@@ -135,7 +140,7 @@ def test_tables_are_those_of_transformers(name, head_dim):
             assert_close(a, b, rtol=0, atol=1e-7)
     assert scaling == before                                      # the caller's dict stays
     if scaling:
-        old = {("type" if k == "rope_type" else k): v for k, v in scaling.items()}
+        old = {("type" if k == "rope_type" else k): fresh(v) for k, v in scaling.items()}
         for a, b in zip(rope_cos_sin(positions, head_dim, scaling=old), rope_cos_sin(positions, head_dim, scaling=scaling)):
             assert torch.equal(a, b)
     if name not in ("none", "default", "linear by 1", "yarn by 1"):          # control: without the rule it is another table
@@ -144,19 +149,21 @@ def test_tables_are_those_of_transformers(name, head_dim):
         assert far > 1e-5 or head_dim == 4
 
 
-@pytest.mark.parametrize("theta", [100.0, 10000.0, 500000.0, 1e6])
-@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3, YARN])
-def test_theta(theta, scaling):
+@pytest.mark.parametrize("theta", [3.0, 100.0, 10000.0, 500000.0, 1e6])
+@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3, YARN, {**YARN, OLD: 900}])
+@pytest.mark.parametrize("dim", [4, 64])
+def test_theta(theta, scaling, dim):
+    """With a small theta yarn's ramp ends at the last pair, or begins after its end."""
     p = torch.arange(0, 9000, 37)
-    want = library_tables(p, 64, scaling, theta)
-    given = rope_cos_sin(p, 64, theta, scaling)
-    named = rope_cos_sin(p, 64, scaling={"rope_theta": theta, **(scaling or {})})
-    both = rope_cos_sin(p, 64, theta, {"rope_theta": theta, **(scaling or {})})
+    want = library_tables(p, dim, scaling, theta)
+    given = rope_cos_sin(p, dim, theta, scaling)
+    named = rope_cos_sin(p, dim, scaling={"rope_theta": theta, **(scaling or {})})
+    both = rope_cos_sin(p, dim, theta, {"rope_theta": theta, **(scaling or {})})
     for a, b, c, d in zip(given, named, both, want):
         assert_close(a, d, rtol=0, atol=1e-7)
         assert torch.equal(a, b) and torch.equal(a, c)
     other = 20000.0 if theta != 20000.0 else 30000.0
-    assert (rope_cos_sin(p, 64, other, scaling)[0] - want[0]).abs().max() > 1e-2
+    assert (rope_cos_sin(p, dim, other, scaling)[0] - want[0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 8.0])
@@ -164,7 +171,7 @@ def test_theta(theta, scaling):
 @pytest.mark.parametrize("top", [3, 63, 64, 65, 200, 5000])
 def test_dynamic_is_that_of_transformers(top, head_dim, factor):
     """The table depends on the largest position, and nothing happens up to the old length."""
-    scaling = {**DYNAMIC, "factor": factor}
+    scaling = {**DYNAMIC, "rope_type": fresh("dynamic"), "factor": factor}
     positions = torch.tensor([[0, 1, top], [2, 2, 2]])
     inv_freq, one = library_frequencies(head_dim, scaling, seq_len=top + 1)
     angles = positions[..., None].float() * inv_freq
@@ -274,13 +281,15 @@ P = torch.arange(4)
     ((P, 8, 1e4, {"type": "linear", "factor": None}), ValueError, "lacks factor"),
     ((P, 8, 1e4, {**LINEAR, "beta_fast": 3}), ValueError, "unknown beta_fast"),
     ((P, 8, 1e4, {**LINEAR, "factor": 0.9}), ValueError, "scaling.'factor'. must be finite and at least 1, got 0.9"),
+    ((P, 8, 1e4, {**LINEAR, "factor": math.inf}), ValueError, "must be finite and at least 1, got inf"),
+    ((P, 8, 1e4, {**LINEAR, "factor": math.nan}), ValueError, "must be finite and at least 1, got nan"),
     ((P, 8, 1e4, {**LINEAR, "factor": "2"}), TypeError, "scaling.'factor'. must be a number, got '2'"),
     ((P, 8, 1e4, {**LLAMA3, "low_freq_factor": 4.0}), ValueError, "'low_freq_factor'. must be below .*, got 4.0, 4.0"),
     ((P, 8, 1e4, {**LLAMA3, "low_freq_factor": 0.0}), ValueError, "must be finite and above 0, got 0.0"),
     ((P, 8, 1e4, {"type": "llama3", "factor": 2.0}), ValueError, "lacks low_freq_factor, high_freq_factor, original"),
     ((P, 8, 1e4, {"type": "yarn", "factor": 2.0}), ValueError, f"of type 'yarn' lacks {OLD}"),
     ((P, 8, 1e4, {"type": "dynamic", "factor": 2.0}), ValueError, f"of type 'dynamic' lacks {OLD}"),
-    ((P, 2, 1e4, DYNAMIC), ValueError, "head_dim must be at least 4 for dynamic scaling"),
+    ((P, 2, 1e4, {**DYNAMIC, "rope_type": fresh("dynamic")}), ValueError, "head_dim must be at least 4 for dynamic scaling"),
     ((P, 8, 1e4, {**YARN, "beta_slow": 33}), ValueError, "'beta_slow'. must be below .*, got 33, 32"),
     ((P, 8, 1e4, {**YARN, "truncate": 1}), TypeError, "scaling.'truncate'. must be True or False, got 1"),
     ((P, 8, 1e4, {**YARN, "mscale": -1.0}), ValueError, "'mscale'. must be finite and at least 0, got -1.0"),
@@ -372,12 +381,12 @@ def test_the_score_knows_the_distance_only(shift, m, n, interleaved, name):
         assert_close(score(m, n), (q * k).sum() * factor, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("B", [1, 2])
-def test_half_split_is_llamas(B):
+@pytest.mark.parametrize("B, T", [(1, 5), (2, 5), (2, 300)])
+def test_half_split_is_llamas(B, T):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    q, k = torch.randn(2, 3, 5, 8).double(), torch.randn(2, 1, 5, 8).double()
-    positions = torch.randint(0, 99, (B, 5))
+    q, k = torch.randn(2, 3, T, 8).double(), torch.randn(2, 1, T, 8).double()
+    positions = torch.randint(0, 99, (B, T))
     cos, sin = rope_cos_sin(positions, 8)
     twice = [torch.cat([t, t], -1).double() for t in (cos, sin)]
     for got, want in zip((apply_rotary(x, cos, sin) for x in (q, k)), apply_rotary_pos_emb(q, k, *twice)):
