@@ -7,7 +7,8 @@ from .grouped_query import GroupedQueryAttention, grouped_attention, kv_cache_by
 from .kv_cache import KVCache
 from .multi_head import MultiHeadAttention, merge_heads, split_heads
 from .multi_head_wrapper import MultiHeadAttentionWrapper
-from .plot import cache_steps, kv_calculator, mask_grid, plot_attention, slider_bars, use_book_style
+from .plot import cache_steps, kv_calculator, mask_grid, plot_attention, rotary_dial, slider_bars, use_book_style
+from .positions import apply_rotary, convert_rotary_layout, rope_cos_sin, sinusoidal_positions
 from .single_head import SelfAttention, attention
 from .testing import (
     assert_as_precise,
@@ -23,10 +24,11 @@ from .testing import (
 
 __all__ = [
     "CausalAttention", "CausalSelfAttention", "GroupedQueryAttention", "KVCache", "MultiHeadAttention",
-    "MultiHeadAttentionWrapper", "SelfAttention", "assert_as_precise", "assert_cache_equals_full",
-    "assert_causal", "assert_eval_deterministic", "assert_parity", "assert_permutation_equivariant",
-    "assert_rows_sum_to_one", "attention", "bias_to_mask", "cache_steps", "catches", "causal_mask",
-    "grouped_attention", "kv_cache_bytes", "kv_calculator", "mask_from_mha", "mask_grid", "mask_to_bias",
-    "merge_heads", "padding_mask", "plot_attention", "repeat_kv", "slider_bars", "split_heads", "tolerance",
-    "use_book_style",
+    "MultiHeadAttentionWrapper", "SelfAttention", "apply_rotary", "assert_as_precise",
+    "assert_cache_equals_full", "assert_causal", "assert_eval_deterministic", "assert_parity",
+    "assert_permutation_equivariant", "assert_rows_sum_to_one", "attention", "bias_to_mask", "cache_steps",
+    "catches", "causal_mask", "convert_rotary_layout", "grouped_attention", "kv_cache_bytes", "kv_calculator",
+    "mask_from_mha", "mask_grid", "mask_to_bias", "merge_heads", "padding_mask", "plot_attention",
+    "repeat_kv", "rope_cos_sin", "rotary_dial", "sinusoidal_positions", "slider_bars", "split_heads",
+    "tolerance", "use_book_style",
 ]

@@ -187,7 +187,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second, rest = x.tensor_split((half, 2 * half), -1)
     turned = torch.cat([first * cos - second * sin,
                         second * cos + first * sin, rest], -1)
-    return turned.to(dtype)                              # (B, H, T, Dh)
+    return turned.to(dtype)                              # (..., H, T, Dh)
 
 # %% ../nbs/06_grouped_query.ipynb #check-doors
 class _Cache(Protocol):

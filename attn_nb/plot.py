@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GREY', 'COLORS', 'use_book_style', 'plot_attention', 'SliderBars', 'slider_bars', 'mask_grid', 'cache_steps',
-           'kv_calculator']
+           'kv_calculator', 'rotary_dial']
 
 # %% ../nbs/90_plot.ipynb #imports
 import json
@@ -908,3 +908,166 @@ def _boxes(parts: Sequence[tuple[float, float]], low: float, high: float
     cut = [(max(a, low), min(b, high)) for a, b in parts]
     return "".join(f"M{a:.1f} 24h{b - a:.1f}v36H{a:.1f}z"
                    for a, b in cut if a < b)
+
+# %% ../nbs/90_plot.ipynb #dial-style
+_DIAL_STYLE = f"""
+.attn-dial {{max-width: 36em; color: inherit}}
+.attn-dial text {{font: 14px sans-serif; fill: currentColor;
+  text-anchor: middle}}
+.attn-dial path, .attn-dial circle {{fill: none; stroke: {GREY}}}
+.attn-dial .q {{stroke: {COLORS[0]}; stroke-width: 4}}
+.attn-dial .k {{stroke: {COLORS[1]}; stroke-width: 4}}
+.attn-dial .curve {{stroke: currentColor; stroke-width: 1.5}}
+.attn-dial .dot {{fill: {COLORS[2]}; stroke: none}}
+.attn-dial label {{margin-right: 1em; white-space: nowrap}}
+.attn-dial input {{width: 9em; min-height: 24px; vertical-align: middle}}
+.attn-dial b {{display: inline-block; min-width: 2em}}
+.attn-dial output {{display: block}}
+"""
+
+# %% ../nbs/90_plot.ipynb #dial-js
+_DIAL_SCRIPT = """<script>
+for (const fig of document.querySelectorAll(".attn-dial:not([data-on])")) {
+  fig.dataset.on = 1;
+  const [sliders, words, arrows, names, dot] = ["input", "b", ".q, .k",
+    ".name", ".dot"].map((n) => [...fig.querySelectorAll(n)]);
+  const data = JSON.parse(fig.querySelector("script").textContent);
+  const show = () => {
+    const at = sliders.map((s) => +s.value), gap = at[0] - at[1];
+    const parts = data.speeds.map((speed, i) => {
+      const [q, k] = [data.query[i], data.key[i]].map(([x, y], j) => {
+        const [c, s] = [Math.cos(speed * at[j]), Math.sin(speed * at[j])];
+        const [u, v] = [x * c - y * s, y * c + x * s];
+        const [h, l] = [data.size * u, -data.size * v];
+        arrows[2 * i + j].setAttribute("d",
+          `M${100 + 200 * i} 86l${h.toFixed(1)} ${l.toFixed(1)}`);
+        const far = 1 + 10 / Math.max(1, Math.hypot(h, l));
+        names[2 * i + j].setAttribute("x", 100 + 200 * i + h * far);
+        names[2 * i + j].setAttribute("y", 91 + l * far);
+        return [u, v];
+      });
+      return q[0] * k[0] + q[1] * k[1];
+    });
+    const score = parts[0] + parts[1];
+    dot[0].setAttribute("cx", 200 + data.step * gap);
+    dot[0].setAttribute("cy", 232 - data.high * score);
+    sliders.forEach((slider, i) => {
+      words[i].textContent = at[i];
+      slider.setAttribute("aria-valuetext", "position " + at[i]);
+    });
+    fig.querySelector("output").textContent =
+      `m - n = ${gap}: score ${score.toFixed(3)} ` +
+      `(left ${parts[0].toFixed(3)}, right ${parts[1].toFixed(3)})`;
+  };
+  sliders.forEach((slider) => { slider.oninput = show; });
+  show();
+}
+</script>"""
+
+# %% ../nbs/90_plot.ipynb #rotary-dial
+def rotary_dial(query: Tensor, key: Tensor, speeds: Tensor, *, alt: str,
+                length: int = 25, start: tuple[int, int] = (9, 4)
+                ) -> SliderBars:
+    """An offline interactive figure: rotary positions of one q and one k.
+
+    Each of two pairs is an arrow that turns by speed * position; the score
+    is the sum of the two dot products.
+
+    Args:
+        query, key: tensors (2, 2): x and y of each of two pairs.
+        speeds: (2,), radians per token of each pair.
+        alt: one sentence for readers who do not see the figure.
+        length: the sliders go over positions 0 .. length - 1, 2 to 200.
+        start: the positions m of the query and n of the key shown first.
+    Returns:
+        a figure of about 7 kB; a notebook displays it. Numbers are kept to
+        4 decimals.
+    Raises:
+        TypeError: an argument is no tensor, or a position or length no int.
+        ValueError: a shape is another, a number is not finite, query or
+            key is 0, or length or start is out of range.
+    Source: Su et al. 2021, figure 1. See: chapter 08.
+    """
+    _check_dial(query, key, speeds, length, start)
+    q, k, w = (t.detach().double().cpu().mul(1e4).round().div(1e4)
+               for t in (query, key, speeds))
+    size = 64 / max(q.norm(dim=1).max().item(), k.norm(dim=1).max().item())
+    gaps = torch.arange(1 - length, length).double()[:, None]
+    curve = (q * _turn(k, -gaps * w)).sum((1, 2))        # (N,)
+    high, step = 42 / max(curve.abs().max().item(), 1e-9), 176 / (length - 1)
+    data = {"query": q.tolist(), "key": k.tolist(), "speeds": w.tolist(),
+            "size": round(size, 4), "high": round(high, 4),
+            "step": round(step, 4)}
+    return _figure(
+        "attn-dial", _DIAL_STYLE, _DIAL_SCRIPT, alt=alt, height=300,
+        shapes=_dial_shapes(q, k, w, start, curve, data),
+        controls=" ".join(f"{_range(name, length, at)} <b>{at}</b>" for
+                          name, at in zip(("query at m", "key at n"), start)),
+        said=_dial_said(q, k, w, start), data=data)
+
+# %% ../nbs/90_plot.ipynb #dial-turn
+def _turn(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn points (2, 2) by angles (..., 2), counterclockwise."""
+    c, s = angles.cos(), angles.sin()
+    return torch.stack([x[:, 0] * c - x[:, 1] * s,
+                        x[:, 1] * c + x[:, 0] * s], -1)
+
+
+def _dial_said(q: Tensor, k: Tensor, w: Tensor, start: tuple[int, int]
+               ) -> str:
+    """The line under the figure; the script says the same."""
+    m, n = start
+    left, right = (_turn(q, m * w) * _turn(k, n * w)).sum(-1).tolist()
+    return (f"m - n = {m - n}: score {left + right:.3f} "
+            f"(left {left:.3f}, right {right:.3f})")
+
+# %% ../nbs/90_plot.ipynb #dial-shapes
+def _dial_shapes(q: Tensor, k: Tensor, w: Tensor, start: tuple[int, int],
+                 curve: Tensor, data: dict) -> str:
+    """SVG of the two dials, the curve and the dot at the start."""
+    m, n = start
+    ends = torch.stack([_turn(q, m * w), _turn(k, n * w)], 1)    # pair, q k
+    shapes = []
+    for i in (0, 1):
+        x0 = 100 + 200 * i
+        shapes.append(f'<circle cx="{x0}" cy="86" r="66"/>'
+                      f'<text x="{x0}" y="180">{w[i].item():g} radians per '
+                      "token</text>")
+        for j, name in enumerate("qk"):
+            h, v = (data["size"] * ends[i, j]).tolist()
+            far = 1 + 10 / max(1, (h * h + v * v) ** 0.5)
+            shapes.append(
+                f'<path class="{name}" d="M{x0} 86l{h:.1f} {-v:.1f}"/>'
+                f'<text class="name" x="{x0 + h * far:.1f}" '
+                f'y="{91 - v * far:.1f}">{name}</text>')
+    gaps = range(1 - len(curve) // 2 - 1, len(curve) // 2 + 1)
+    line = " ".join(f"{200 + data['step'] * d:.1f} "
+                    f"{232 - data['high'] * s:.1f}"
+                    for d, s in zip(gaps, curve.tolist()))
+    score = curve[m - n + len(curve) // 2].item()
+    shapes.append(
+        f'<path d="M24 232h352M200 190v84"/><path class="curve" d="M{line}"/>'
+        f'<circle class="dot" cx="{200 + data["step"] * (m - n):.1f}" '
+        f'cy="{232 - data["high"] * score:.1f}" r="6"/>'
+        '<text x="200" y="294">score against the distance m - n</text>')
+    return "\n".join(shapes)
+
+# %% ../nbs/90_plot.ipynb #check-dial
+def _check_dial(query: Tensor, key: Tensor, speeds: Tensor, length: int,
+                start: tuple[int, int]) -> None:
+    """Raise TypeError or ValueError: argument, wanted, got."""
+    for name, t, shape in (("query", query, (2, 2)), ("key", key, (2, 2)),
+                           ("speeds", speeds, (2,))):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got "
+                            f"{type(t).__name__}")
+        if tuple(t.shape) != shape or not t.isfinite().all():
+            raise ValueError(f"{name} must be {shape} finite numbers, got "
+                             f"{t.tolist()}")
+        if name != "speeds" and t.abs().max() < 1e-4:
+            raise ValueError(f"{name} must not be 0 to 4 decimals")
+    _check_whole("length", length, 2, 200)
+    if len(start) != 2:
+        raise ValueError(f"start must be two positions, got {start}")
+    for at in start:
+        _check_whole("start", at, 0, length - 1)

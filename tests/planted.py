@@ -494,6 +494,74 @@ BUGS += [
 ]
 
 
+def positions(name, old, new):
+    return Bug(name, "positions", old, new)
+
+
+WAVES = "waves = torch.stack([angle.sin(), angle.cos()], -1)  # (T, Half, 2)"
+ROWS = "rows = positions if positions.dim() == 2 else positions[None]    # (B, T)"
+SPEEDS = "return 1.0 / theta ** _pairs(dim, device)            # (Half,)"
+ANGLES = "angles = rows[..., None].float() * speeds            # (B, T, Half)"
+SORT = "return x.unflatten(-1, (-1, 2)).mT.flatten(-2)       # (..., Dh)"
+TABLES = "return angles.cos() * factor, angles.sin() * factor"
+LLAMA3 = "mixed = (1 - keep) * speeds / factor + keep * speeds     # (Half,)"
+BUGS += [
+    positions("sines: cosine first", WAVES, "waves = torch.stack([angle.cos(), angle.sin()], -1)"),
+    positions("sines: all sines, then all cosines", WAVES, "waves = torch.stack([angle.sin(), angle.cos()], -2)"),
+    positions("sines: positions from 1 on", "place = torch.arange(length, **wide)[:, None] ",
+              "place = torch.arange(1, length + 1, **wide)[:, None] "),
+    positions("sines: speed by column, not by pair", "pair = torch.arange(0, d_model, 2, **wide) ",
+              "pair = torch.arange(0, (d_model + 1) // 2, **wide) "),
+    positions("sines: angles in float32", '"dtype": torch.float64, "device": device', '"dtype": torch.float32, "device": device'),
+    positions("rotary: positions start at 0 whatever they are", ROWS, ROWS + "\n    rows = rows - rows[:, :1]"),
+    positions("rotary: one position too far", ANGLES, "angles = (rows[..., None].float() + 1) * speeds"),
+    positions("rotary: turned backwards", TABLES, "return angles.cos() * factor, -angles.sin() * factor"),
+    positions("rotary: sine and cosine swapped", TABLES, "return angles.sin() * factor, angles.cos() * factor"),
+    positions("rotary: angles in bfloat16", ANGLES, "angles = (rows[..., None].bfloat16() * speeds.bfloat16()).float()"),
+    positions("rotary: tables in bfloat16", TABLES,
+              "return (angles.cos() * factor).bfloat16().float(), (angles.sin() * factor).bfloat16().float()"),
+    positions("rotary: all texts at the positions of the first", ANGLES, "angles = rows[:1, :, None].float() * speeds"),
+    positions("rotary: speeds grow", SPEEDS, "return theta ** _pairs(dim, device) / theta"),
+    positions("rotary: theta ignored", SPEEDS, "return 1.0 / 10000.0 ** _pairs(dim, device)"),
+    positions("rotary: speed by number, not by pair", "return even / dim  ", "return even / (2 * dim)  "),
+    positions("rotary: rope_theta of the config ignored", "return dim, base, {", "return dim, theta, {"),
+    positions("rotary: partial_rotary_factor ignored", "dim = int(head_dim * part)", "dim = int(head_dim * 1.0)"),
+    positions("rotary: a rule of the older spelling ignored", 'for k in ("rope_type", "type") if k in given]',
+              'for k in ("rope_type", "type") if given.pop(k, None) and k == "rope_type"]'),
+    positions("rotary: an unknown entry passes", "    if missing or unknown:", "    if missing:"),
+    positions("layouts swapped", "    if not interleaved:\n", "    if interleaved:\n"),
+    positions("interleaved: not sorted back", "torch.cat([_mix_pairs(turning), rest], -1)", "torch.cat([turning, rest], -1)"),
+    positions("interleaved: sorted the wrong way", SORT, "return x.unflatten(-1, (2, -1)).mT.flatten(-2)"),
+    positions("interleaved: the rest of the head lost", "torch.cat([_mix_pairs(turning), rest], -1)",
+              "torch.cat([_mix_pairs(turning), 0 * rest], -1)"),
+    positions("conversion: heads mixed", "order = torch.arange(Dh, device=weight.device)\n",
+              "order = torch.arange(Dh, device=weight.device)\n"
+              "    weight = weight.unflatten(0, (Dh, num_heads)).transpose(0, 1).flatten(0, 1)\n"),
+    positions("conversion: the way back",
+              'change = _sort_pairs if to == "half_split"', 'change = _mix_pairs if to == "half_split"'),
+    positions("conversion: rotary_dim ignored", "rotary_dim = Dh if rotary_dim is None else rotary_dim", "rotary_dim = Dh"),
+    positions("linear: multiplied instead of divided",
+              'speeds = speeds / scaling["factor"] ', 'speeds = speeds * scaling["factor"] '),
+    positions("dynamic: grows from the first token", "grown = factor * max(seen, old) / old - (factor - 1)",
+              "grown = factor * max(seen, 1) / 1 - (factor - 1)"),
+    positions("dynamic: theta grows without the exponent", "return theta * grown ** (dim / (dim - 2))", "return theta * grown"),
+    positions("dynamic: the length of the text, not the largest position",
+              "seen = int(positions.max()) + 1 if positions.numel() else 0",
+              "seen = positions.shape[-1]"),
+    positions("llama3: fast and slow pairs swapped", LLAMA3, "mixed = keep * speeds / factor + (1 - keep) * speeds"),
+    positions("llama3: slow pairs stay", "torch.where(wavelength > old / low, speeds / factor, mixed)",
+              "torch.where(wavelength > old / low, speeds, mixed)"),
+    positions("llama3: radians for wavelengths", "wavelength = 2 * math.pi / speeds ", "wavelength = 1 / speeds "),
+    positions("yarn: ramp reversed",
+              "keep = 1 - ((pair - low) / (high - low)).clamp(0, 1)", "keep = ((pair - low) / (high - low)).clamp(0, 1)"),
+    positions("yarn: scores not enlarged", "return speeds, _yarn_factor(scaling)", "return speeds, 1.0"),
+    positions("yarn: attention_factor squared", 'return scaling["attention_factor"]', 'return scaling["attention_factor"] ** 2'),
+    positions("yarn: mscale alone", "return size(some) / size(every) if some and every", "return size(some) if some and every"),
+    positions("yarn: betas ignored", 'turns = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)', "turns = 32, 1"),
+    positions("yarn: truncate ignored", 'if scaling.get("truncate", True):', "if True:"),
+]
+
+
 def killed_by_tests(bug):
     """The first test that fails with the bug planted, or None. In a forked process: torch is loaded, the package is not."""
     import pytest

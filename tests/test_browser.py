@@ -17,6 +17,8 @@ MASK_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb"
 CACHE_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "cache_steps(" in p.read_text()]
 KV_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "kv_calculator(" in p.read_text()]
 
+DIAL_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "rotary_dial(" in p.read_text()]
+
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
@@ -473,6 +475,93 @@ def test_calculator_shows_the_same_before_its_script_has_run(visit):
             assert tab.locator(".attn-kv :is(text, path, rect, b, output, option)").evaluate_all(parts) == still
 
 
+def assert_dial_shows(figure, data, m, n):
+    """Arrows, dot, line and numbers of a query at m and a key at n, from the tensors by complex numbers."""
+    speeds = torch.tensor(data["speeds"]).double()
+    turned = [torch.view_as_complex(torch.tensor(data[name]).double()) * torch.polar(torch.ones(2).double(), p * speeds)
+              for name, p in (("query", m), ("key", n))]
+    left, right = (turned[0] * turned[1].conj()).real.tolist()
+    said = re.fullmatch(r"m - n = (-?\d+): score (\S+) \(left (\S+), right (\S+)\)", figure.locator("output").inner_text())
+    assert int(said[1]) == m - n
+    assert [float(x) for x in said.groups()[1:]] == pytest.approx([left + right, left, right], abs=6e-4)
+    paths = figure.locator(".q, .k").evaluate_all("all => all.map(e => e.getAttribute('d'))")
+    for i, path in enumerate(paths):
+        x, y = map(float, re.fullmatch(rf"M{100 + 200 * (i // 2)} 86l(\S+) (\S+)", path).groups())
+        tip = data["size"] * turned[i % 2][i // 2]
+        assert (x, -y) == pytest.approx((tip.real.item(), tip.imag.item()), abs=.06)
+    dot = figure.locator(".dot").evaluate("e => [+e.getAttribute('cx'), +e.getAttribute('cy')]")
+    assert dot == pytest.approx([200 + data["step"] * (m - n), 232 - data["high"] * (left + right)], abs=.06)
+    curve = figure.locator(".curve").get_attribute("d")[1:].split()       # made from the distance alone: the dot is on it
+    where = 2 * (m - n + len(curve) // 4)
+    assert dot == pytest.approx([float(c) for c in curve[where:where + 2]], abs=.11)
+    assert figure.locator("b").all_inner_texts() == [str(m), str(n)]
+    assert [s.get_attribute("aria-valuetext") for s in figure.locator("input").all()] == [f"position {m}", f"position {n}"]
+
+
+def drive_dial(tab, figure):
+    data = json.loads(figure.locator("script").text_content())
+    sliders = figure.locator("input").all()
+    top = int(sliders[0].get_attribute("max"))
+    at = [int(s.input_value()) for s in sliders]
+    assert_dial_shows(figure, data, *at)
+    for axis, slider in enumerate(sliders):
+        slider.focus()
+        tab.keyboard.press("End")
+        at[axis] = top
+        assert_dial_shows(figure, data, *at)
+        tab.keyboard.press("Home")
+        for at[axis] in range(5):
+            assert_dial_shows(figure, data, *at)
+            tab.keyboard.press("ArrowRight")
+        at[axis] = 5
+        box = slider.bounding_box()
+        assert box["height"] >= 24 and box["x"] >= 0 and box["x"] + box["width"] <= tab.viewport_size["width"]
+    score = figure.locator("output").inner_text()
+    for _ in range(3):                                            # both move on: the score stays
+        for axis, slider in enumerate(sliders):
+            slider.press("ArrowRight")
+            at[axis] += 1
+        assert_dial_shows(figure, data, *at)
+        assert figure.locator("output").inner_text() == score
+    for name in ("query at m", "key at n"):
+        assert figure.get_by_role("slider", name=name, exact=True).count() == 1
+
+
+@pytest.mark.parametrize("width, dark", [(1280, False), (390, True)], ids=["light", "dark-phone"])
+@pytest.mark.parametrize("page", DIAL_PAGES)
+def test_dial_follows_the_keyboard(visit, page, width, dark):
+    tab = visit(page, width, dark)
+    figures = tab.locator(".attn-dial").all()
+    assert figures
+    for figure in figures:
+        drive_dial(tab, figure)
+    assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_dials_on_one_page_move_alone(visit):
+    """And each shows the same before its script has run."""
+    from attn_nb.plot import rotary_dial, slider_bars
+
+    torch.manual_seed(0)
+    one = rotary_dial(torch.randn(2, 2), torch.randn(2, 2), torch.tensor([1.3, -0.2]), alt="arrows", start=(3, 8)).html
+    bars = slider_bars(torch.rand(2, 3), steps="pq", bars="abc", alt="bars").html
+    tab = visit("nbs/bibliography.html", 390)
+    parts = "all => all.map(e => [e.tagName, e.className.baseVal ?? '', e.textContent, e.getAttribute('d')])"
+    shown = ".attn-dial :is(text, path, b, output)"
+    tab.set_content(re.sub(r"<script>.*</script>", "", one, flags=re.S))
+    still = tab.locator(shown).evaluate_all(parts)
+    tab.set_content(one)
+    assert tab.locator("[data-on]").count() == 1 and tab.locator(shown).evaluate_all(parts) == still
+    names = "() => Object.getOwnPropertyNames(window).length"
+    before = tab.evaluate(names)
+    tab.set_content(one + bars + one)
+    first, second = tab.locator(".attn-dial").all()
+    drive_dial(tab, second)
+    assert_dial_shows(first, json.loads(first.locator("script").text_content()), 3, 8)
+    assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert tab.evaluate(names) == before
+
+
 CONTRAST = """() => {
   const rgb = s => s.match(/[\\d.]+/g).map(Number);
   const lum = c => { const [r, g, b] = c.slice(0, 3).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
@@ -483,7 +572,7 @@ CONTRAST = """() => {
   for (const e of document.querySelectorAll('article p, article li, article td, article th, article pre, article summary, ' +
                                             'article figcaption, article h1, article h2, article h3, .attn-slider text, ' +
                                             '.attn-mask :is(text, b, output), .attn-cache :is(text, output), ' +
-                                            '.attn-kv :is(text, b, select, output)')) {
+                                            '.attn-kv :is(text, b, select, output), .attn-dial :is(text, b, output)')) {
     if (!e.textContent.trim() || !e.getClientRects().length) continue;
     const style = getComputedStyle(e), svg = e.namespaceURI.includes('svg'), ground = behind(e);
     let seen = 1;
@@ -506,10 +595,10 @@ def test_text_is_legible(visit, page, dark):
     assert tab.evaluate(CONTRAST) == []
 
 
-@pytest.mark.parametrize("page", sorted({"nbs/01_single_head.html", *MASK_PAGES, *KV_PAGES, *CACHE_PAGES}))
+@pytest.mark.parametrize("page", sorted({"nbs/01_single_head.html", *MASK_PAGES, *KV_PAGES, *CACHE_PAGES, *DIAL_PAGES}))
 def test_dark_figures_have_no_light_card(visit, page):
     tab = visit(page, dark=True)
-    shown = "article :is(div.cell_output img, .attn-slider, .attn-mask, .attn-kv, .attn-cache)"
+    shown = "article :is(div.cell_output img, .attn-slider, .attn-mask, .attn-kv, .attn-cache, .attn-dial)"
     cards = tab.evaluate("""shown => [...document.querySelectorAll(shown)].filter(e => {
         const c = getComputedStyle(e), n = c.backgroundColor.match(/[\\d.]+/g).map(Number);
         return c.filter !== 'none' || ((n.length < 4 || n[3] > 0) && n[0] + n[1] + n[2] > 300);

@@ -29,6 +29,7 @@ from attn_nb.plot import (  # noqa: E402
     kv_calculator,
     mask_grid,
     plot_attention,
+    rotary_dial,
     slider_bars,
     use_book_style,
 )
@@ -39,6 +40,8 @@ MODELS = {"small": {"num_layers": 2, "num_kv_heads": 1, "head_dim": 32, "weight_
           "<odd>": {"head_dim": 288, "num_layers": 130, "weight_bytes": 12_345_678_901, "num_kv_heads": 3},
           "huge": {"num_layers": 80, "num_kv_heads": 8, "head_dim": 128, "weight_bytes": 2**53 - 1}}
 CARDS = {"24 GiB": 24 * 2**30, "a&b": 999_999_999}
+
+DIAL = torch.tensor([[1.0, 0.4], [0.9, 0.3]]), torch.tensor([[0.8, -0.3], [-0.7, 1.6]]), torch.tensor([0.5, 0.07])
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +76,7 @@ def drawings():
     yield "cache.html", cache_steps(causal_weights(5), [2, 1, 2], max_len=7, alt="a <cache>", start=2)._repr_html_()
     yield "cache_plain.html", cache_steps(torch.ones(1, 1), [1], max_len=1, alt="a cache", start=0)._repr_html_()
     yield "calculator.html", kv_calculator(MODELS, cards=CARDS, alt="a <bar>", start=1)._repr_html_()
+    yield "dial.html", rotary_dial(*DIAL, alt="two <arrows>", length=9, start=(3, 8))._repr_html_()
     yield "weights.svg", svg(plot_attention(scores.softmax(-1)))
     yield "masked.svg", svg(plot_attention(scores.softmax(-1), attn_mask=MASK, query_tokens="xyz", key_tokens="abcd",
                                            title="title"))
@@ -618,3 +622,66 @@ if __name__ == "__main__":
     for name, text in drawings():
         (GOLDEN / name).write_text(text)
         print(GOLDEN / name)
+
+
+def dial_score(query, key, speeds, m, n):
+    """Both dot products, by complex numbers."""
+    q, k = (torch.view_as_complex(t.double()) * torch.polar(torch.ones(2).double(), p * speeds.double())
+            for t, p in ((query, m), (key, n)))
+    return (q * k.conj()).real.tolist()
+
+
+@pytest.mark.parametrize("m, n", [(0, 0), (9, 4), (4, 9), (24, 0), (0, 24), (24, 24)])
+def test_dial_is_right_without_scripts(m, n):
+    html = rotary_dial(*DIAL, alt="x", start=(m, n)).html
+    left, right = dial_score(*DIAL, m, n)
+    assert f"m - n = {m - n}: score {left + right:.3f} (left {left:.3f}, right {right:.3f})" in html
+    arrows = re.findall(r'<path class="([qk])" d="M(\d+) 86l(\S+) (\S+)"/>', html)
+    assert [a[:2] for a in arrows] == [("q", "100"), ("k", "100"), ("q", "300"), ("k", "300")]
+    tips = torch.tensor([[float(x), -float(y)] for *_, x, y in arrows]).view(2, 2, 2)
+    size = 64 / max(t.norm(dim=1).max() for t in DIAL[:2])
+    for i, (part, speed) in enumerate(zip((left, right), DIAL[2])):
+        assert (tips[i, 0] @ tips[i, 1] / size ** 2).item() == pytest.approx(part, abs=.01)
+        for tip, start, p in zip(tips[i], (DIAL[0][i], DIAL[1][i]), (m, n)):
+            turn = torch.tensor([[(p * speed).cos(), -(p * speed).sin()], [(p * speed).sin(), (p * speed).cos()]])
+            assert tip.tolist() == pytest.approx((size * turn @ start).tolist(), abs=.06)
+    curve = re.search('class="curve" d="M(.*?)"', html)[1].split()
+    points = [(float(x), float(y)) for x, y in zip(curve[::2], curve[1::2])]
+    scores = [sum(dial_score(*DIAL, d, 0)) for d in range(-24, 25)]
+    high = 42 / max(map(abs, scores))
+    assert points == [(pytest.approx(200 + 176 / 24 * d, abs=.06), pytest.approx(232 - high * s, abs=.06))
+                      for d, s in zip(range(-24, 25), scores)]
+    dot = re.search(r'class="dot" cx="(\S+)" cy="(\S+)"', html).groups()
+    assert tuple(map(float, dot)) == points[m - n + 24]
+    assert re.findall(r'<label>([\w ]+) <input type="range" min="0"\s+max="(\d+)" step="1" value="(\d+)"></label> <b>(\d+)</b>',
+                      html) == [("query at m", "24", str(m), str(m)), ("key at n", "24", str(n), str(n))]
+
+
+def test_dial_is_small_and_carries_the_tensors():
+    figure = rotary_dial(*(t.double().requires_grad_() for t in DIAL), alt="</svg>\" onload=\"x", length=200, start=(199, 0))
+    html = figure._repr_html_()
+    data = json.loads(re.search(r'application/json">(.*?)</script>', html)[1])
+    assert [data[name] for name in ("query", "key", "speeds")] == [pytest.approx(t.tolist(), abs=1e-4) if t.dim() == 1 else [
+        pytest.approx(row, abs=1e-4) for row in t.tolist()] for t in DIAL]
+    assert len(rotary_dial(*DIAL, alt="x").html.encode()) < 8_000 and len(html.encode()) < 14_000
+    assert "http" not in html and "url(" not in html and " id=" not in html and 'onload="x' not in html
+    assert repr(figure).startswith("[interactive figure] </svg>")
+
+
+@pytest.mark.parametrize("changes, error, words", [
+    ({"query": torch.ones(2, 3)}, ValueError, r"query must be \(2, 2\) finite numbers, got \[\["),
+    ({"key": torch.tensor([[1.0, float("nan")], [0, 1]])}, ValueError, r"key must be \(2, 2\) finite numbers"),
+    ({"speeds": torch.ones(3)}, ValueError, r"speeds must be \(2,\) finite numbers, got \[1.0, 1.0, 1.0\]"),
+    ({"key": torch.zeros(2, 2)}, ValueError, "key must not be 0"),
+    ({"query": torch.full((2, 2), 1e-5)}, ValueError, "query must not be 0"),
+    ({"query": [[1, 0], [0, 1]]}, TypeError, "query must be a tensor"),
+    ({"length": 1}, ValueError, "length must be in 2 .. 200, got 1"), ({"length": 2.0}, TypeError, "length must be an int"),
+    ({"start": (25, 0)}, ValueError, "start must be in 0 .. 24, got 25"), ({"start": (0, -1)}, ValueError, "got -1"),
+    ({"start": (0,)}, ValueError, r"start must be two positions, got \(0,\)"),
+    ({"start": (0, 1.0)}, TypeError, "start must be an int"),
+])
+def test_dial_refuses_what_it_cannot_draw(changes, error, words):
+    good = dict(zip(("query", "key", "speeds"), DIAL), alt="x")
+    rotary_dial(**good, start=(24, 24))
+    with pytest.raises(error, match=words):
+        rotary_dial(**{**good, **changes})

@@ -11,7 +11,8 @@ from attn_nb.dropout import CausalAttention
 from attn_nb.grouped_query import GroupedQueryAttention, grouped_attention, repeat_kv
 from attn_nb.multi_head import MultiHeadAttention
 from attn_nb.multi_head_wrapper import MultiHeadAttentionWrapper
-from attn_nb.plot import plot_attention, slider_bars
+from attn_nb.plot import plot_attention, rotary_dial, slider_bars
+from attn_nb.positions import apply_rotary, rope_cos_sin, sinusoidal_positions
 from attn_nb.single_head import SelfAttention, attention
 
 MODULES = sorted(p for p in Path("attn_nb").glob("*.py") if not p.stem.startswith("_"))
@@ -90,6 +91,16 @@ def test_every_shape_comment_of_the_package_has_run():
     heads = torch.randn(2, 6, 4, 8)
     repeat_kv(heads, 2)
     grouped_attention(heads[:, :, :1], heads[:, :3], heads[:, :3], real)
+    rotary_dial(torch.eye(2), torch.eye(2), torch.ones(2), alt="two arrows")
+    sinusoidal_positions(4, 5)
+    old = {"factor": 2.0, "original_max_position_embeddings": 3}
+    for scaling in (None, {"type": "linear", "factor": 2.0}, {"type": "dynamic", **old}, {"type": "yarn", **old},
+                    {"type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **old}):
+        rope = rope_cos_sin(torch.arange(4), 6, scaling=scaling)
+        for interleaved in (False, True):
+            apply_rotary(heads, *rope, interleaved=interleaved)
+            apply_rotary(heads[0], *rope, interleaved=interleaved)
+    GroupedQueryAttention(8, 1, 1)(query, rope=rope)
     for path in MODULES:
         wanted = {(path.name, line) for line in shape_comments.comments(path.read_text(), path.name)}
         assert wanted <= shape_comments.SEEN, f"never executed: {sorted(wanted - shape_comments.SEEN)}"
