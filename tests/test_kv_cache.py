@@ -287,6 +287,9 @@ KEY, VALUE = torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 6)
     (KEY, VALUE.to("meta"), TypeError, "value must be on the device of the cache, cpu, got meta"),
     (KEY[0], VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(3, 1, 4\)"),
     (KEY[None], VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(1, 2, 3, 1, 4\)"),
+    (KEY[..., None], VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(2, 3, 1, 4, 1\)"),
+    (KEY[..., 0, 0], VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(2, 3\)"),
+    (KEY, VALUE[..., 0], ValueError, r"value must be \(B=2, Hkv=3, T, 6\) like the cache, got \(2, 3, 1\)"),
     (torch.tensor(1.0), VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(\)"),
     (KEY[:1], VALUE[:1], ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(1, 3, 1, 4\)"),
     (KEY, VALUE[:1], ValueError, r"value must be \(B=2, Hkv=3, T, 6\) like the cache, got \(1, 3, 1, 6\)"),
@@ -887,6 +890,15 @@ def test_a_forgotten_text_leaves_no_graph():
     layer(x, cache=cache)
     out.sum().backward()                                     # the new text did not write over what the old one needs
     assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("learned", [0, 1])
+def test_reset_drops_the_graph_of_either(learned):
+    cache, new = KVCache(1, 1, 2, 3), [torch.ones(1, 1, 1, 3) for _ in "kv"]
+    new[learned].requires_grad_()
+    assert [x.requires_grad for x in cache.update(*new)] == [learned == 0, learned == 1]
+    cache.reset()
+    assert not cache._keys.requires_grad and not cache._values.requires_grad
 
 
 def test_reorder_and_crop_with_gradients():

@@ -678,6 +678,43 @@ def test_another_first_token():
         assert torch.equal(x, before) and (x.is_floating_point() or 0 <= other.min() <= other.max() <= max(x.max(), 1))
 
 
+def test_cuts_and_first_tokens_by_hand():
+    assert _cuts(3) == {"token by token": [1, 1, 1], "a prompt, then tokens": [2, 1], "two chunks": [2, 1],
+                        "a token, then a chunk": [1, 2]}
+    assert _cuts(4)["chunk, token, chunk"] == [2, 1, 1] and _cuts(9)["chunk, token, chunk"] == [2, 1, 6]
+    assert _other_token(torch.tensor([[1.0, -3.0], [5.0, 6.0]]), -2).tolist() == [[-2, 2], [5, 6]]
+    for ids, want in (([2, 5, 1], 3), ([5, 0, 1], 0), ([0, 0, 0], 1), ([1, 0, 0], 0), ([4, 5, 5], 5), ([0, 2, 0], 1)):
+        assert _other_token(torch.tensor(ids), -1).tolist() == [want, *ids[1:]]
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 1000.0])
+def test_the_bound_grows_with_the_outputs(size):
+    """Half the tolerance passes, one and a half does not: relative for large outputs, absolute for small ones."""
+    x = torch.zeros(5, 2, dtype=torch.float64)
+    x[0] = size
+    for share in (0.5, -0.5, 1.5, -1.5):
+        def step(x, state):
+            out, new = sums(x, state)
+            return (out if state is None else out + share * tolerance(torch.float64) * max(1.0, size)), new
+        if abs(share) < 1:
+            assert_cache_equals_full(step, x)
+        else:
+            with pytest.raises(AssertionError, match="output 1 differs by"):
+                assert_cache_equals_full(step, x)
+
+
+def test_the_last_output_must_depend_on_the_first_token():
+    """It is not enough that the one before it does."""
+    def deaf_at_the_end(x, state):
+        total, past = state or (0, 0)
+        out = total + x.cumsum(-2)
+        places = torch.arange(past, past + x.shape[-2])[:, None]
+        return out.masked_fill(places == 5, 1.0), (out[..., -1:, :], past + x.shape[-2])
+    assert_cache_equals_full(deaf_at_the_end, torch.randn(7, 2).double())
+    with pytest.raises(AssertionError, match="vacuous"):
+        assert_cache_equals_full(deaf_at_the_end, torch.randn(6, 2).double())
+
+
 def forgets(x, state):
     return sums(x, None)
 
