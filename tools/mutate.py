@@ -1,6 +1,7 @@
 """Plant generated bugs in the package and count those that the fast tests kill. Writes the score that the book shows.
 
-    python tools/mutate.py [module ...]        (or: make mutate; about a quarter of an hour on 2 cores)
+    python tools/mutate.py [module ...]        (or: make mutate; half an hour or more on 2 cores)
+    python tools/mutate.py --every 3 module    (a third of them; the report says so)
 
 The bugs are cosmic-ray's: every operator, comparison, constant, condition and loop, one change at a time. Changes that
 only touch annotations are left out. Each runs the module's own test file in a forked process, slow tests left out.
@@ -9,6 +10,7 @@ Named modules get new lines in the report; those of the others stay as they are.
 Bugs that died once are remembered in _build/mutants_killed.txt, function by function, and not run again; `make clean`
 forgets them, which is right after a test was removed.
 """
+import argparse
 import ast
 import contextlib
 import hashlib
@@ -100,25 +102,24 @@ def killed(module, source):
 
 
 def kept(text, modules):
-    """Rows and notes of the report on all other modules, each as {module: lines}."""
-    rows, notes = {}, {}
+    """What the report says of all other modules: {module: lines} of the table, of what was left out, of survivors."""
+    found = {}, {}, {}
     for line in text.splitlines():
-        if (m := re.match(r"\| (\w+) \| \d+ \|", line)) and m[1] not in modules:
-            rows[m[1]] = [line]
-        if (m := re.match(r"\* `(\w+)`: ", line)) and m[1] not in modules:
-            notes.setdefault(m[1], []).append(line)
-    return rows, notes
+        for kind, start in zip(found, (r"\| (\w+) \| \d+ \|", r"\* Of `(\w+)`", r"\* `(\w+)`: ")):
+            if (m := re.match(start, line)) and m[1] not in modules:
+                kind.setdefault(m[1], []).append(line)
+    return found
 
 
-def report(rows, notes):
+def report(rows, partly, notes):
     """The page that the book shows."""
-    lines = [line for name in sorted(rows) for line in rows[name]]
-    table = ["| module | generated bugs | killed | share |", "|---|---|---|---|", *lines]
-    lines = [line for name in sorted(notes) for line in notes[name]]
-    return "\n".join([*table, "", "The survivors, each with the reason why no test can or need see it:", "", *lines]) + "\n"
+    rows, partly, notes = ([line for name in sorted(kind) for line in kind[name]] for kind in (rows, partly, notes))
+    table = ["| module | generated bugs | killed | share |", "|---|---|---|---|", *rows, ""]
+    left_out = ["Not all were tried:", "", *partly, ""] if partly else []
+    return "\n".join([*table, *left_out, "The survivors, each with the reason why no test can or need see it:", "", *notes]) + "\n"
 
 
-def main(modules):
+def main(modules, every=1):
     sys.path[:0] = ["tests"]
     # what the children need, loaded once; single threads survive a fork
     import hypothesis  # noqa: F401
@@ -128,13 +129,16 @@ def main(modules):
     torch.set_num_threads(1)
     KILLED.parent.mkdir(exist_ok=True)
     reasons = tomllib.loads(REASONS.read_text()) if REASONS.exists() else {}
-    rows, notes = kept(REPORT.read_text() if REPORT.exists() else "", modules)
+    rows, partly, notes = kept(REPORT.read_text() if REPORT.exists() else "", modules)
     bad = False
     for module in modules:
         source = Path(f"attn_nb/{module}.py").read_text()
         if killed(module, source):
             sys.exit(f"{module}: its tests fail without any change")
-        work, dead, alive = list(mutants(source)), 0, []
+        everything, dead, alive = list(mutants(source)), 0, []
+        work = everything[::every]
+        if every > 1:
+            partly[module] = [f"* Of `{module}` one in {every}, of {len(everything)}."]
         known = set(KILLED.read_text().split()) if KILLED.exists() else set()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, open(KILLED, "a") as memory:
             gone_by = pool.map(lambda m: "fails" if digest(module, m) in known else killed(module, m[3]), work)
@@ -155,11 +159,15 @@ def main(modules):
             print(f"  {module}.py:{number}  {old}  ->  {new}   {reason or 'NO REASON GIVEN'}")
             notes[module].append(f"* `{module}`: `{old}` became `{new}`. {reason or 'Not explained.'}")
     REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(report(rows, notes))
+    REPORT.write_text(report(rows, partly, notes))
     print("\n".join(line for name in modules for line in rows[name]))
     return bad
 
 
 if __name__ == "__main__":
     everything = sorted(p.stem for p in Path("attn_nb").glob("*.py") if not p.stem.startswith("_"))
-    sys.exit(main(sys.argv[1:] or everything))
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("modules", nargs="*", default=everything, metavar="module")
+    options.add_argument("--every", type=int, default=1, choices=range(1, 100), metavar="N")
+    options = options.parse_args()
+    sys.exit(main(options.modules, options.every))
