@@ -116,7 +116,8 @@ def report(rows, partly, notes):
     rows, partly, notes = ([line for name in sorted(kind) for line in kind[name]] for kind in (rows, partly, notes))
     table = ["| module | generated bugs | killed | share |", "|---|---|---|---|", *rows, ""]
     left_out = ["Not all were tried:", "", *partly, ""] if partly else []
-    return "\n".join([*table, *left_out, "The survivors, each with the reason why no test can or need see it:", "", *notes]) + "\n"
+    survivors = ["The survivors, each with the reason why no test can or need see it:", "", *notes]
+    return "\n".join([*table, *left_out, *survivors]) + "\n"
 
 
 def main(modules, every=1):
