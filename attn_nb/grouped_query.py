@@ -16,7 +16,7 @@ from .causal import (_check_flag, _check_length, _check_offset,
                             _fused_attention, _hide_unseen, _join_masks)
 from .multi_head import (MultiHeadAttention, _check_axes,
                                 merge_heads, split_heads)
-from .single_head import (_check_attention_inputs,
+from .single_head import (_DTYPES, _check_attention_inputs,
                                  _check_mask, _check_probability,
                                  _check_tokens, attention)
 
@@ -122,7 +122,9 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor,
         dropout_p: probability in [0, 1] of dropping a weight; applied
             whenever it is not 0.
         return_weights: also return the weights before dropout; slower, and
-            memory grows with Tq * Tk.
+            memory grows with Tq * Tk. One query with a boolean mask takes
+            this road too, since it copies no keys (in half precision it
+            widens them); an additive mask copies keys and values.
     Returns:
         (B, H, Tq, Dv), or a pair with the weights (B, H, Tq, Tk). A query
         that may attend to nothing gives 0. A hidden score must not
@@ -151,7 +153,7 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor,
     options = {"dropout_p": dropout_p, "scale": scale}
     empty = None
     if Tq == 1 and attn_mask is not None and attn_mask.dtype == torch.bool:
-        readable = True      # few scores: fill them, copy no keys to hide
+        readable = True      # few scores: fill them, hide no keys
     elif attn_mask is not None:
         query, key, value, attn_mask, empty = _hide_unseen(
             query, key, value, attn_mask)
@@ -193,7 +195,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Cache(Protocol):
     """Keeps keys and values between calls; see chapter 07."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Tokens that are kept, so the place of the next one."""
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append, and return all that is kept: (B, Hkv, Tk, Dh)."""
@@ -203,9 +207,12 @@ def _check_rope(rope: tuple[Tensor, Tensor], x: Tensor) -> None:
     """Raise unless rope is (cos, sin) for the tokens of x (B, H, T, Dh)."""
     wanted = ("rope must be a pair (cos, sin) of float tensors "
               "(B or 1, T, half)")
-    if not (isinstance(rope, tuple) and len(rope) == 2 and all(
-            isinstance(t, Tensor) and t.is_floating_point() for t in rope)):
-        raise TypeError(f"{wanted}, got {type(rope).__name__}")
+    pair = isinstance(rope, tuple)
+    kinds = [getattr(t, "dtype", type(t).__name__)
+             for t in (rope if pair else ())]
+    if not (len(kinds) == 2 and all(kind in _DTYPES for kind in kinds)):
+        of = f" of {', '.join(map(str, kinds))}" if pair else ""
+        raise TypeError(f"{wanted}, got {type(rope).__name__}{of}")
     (B, _, T, Dh), shapes = x.shape, [tuple(t.shape) for t in rope]
     half = rope[0].shape[-1] if rope[0].dim() == 3 else Dh
     fits = shapes[0] == shapes[1] in ((1, T, half), (B, T, half))
@@ -226,6 +233,7 @@ def _check_cache(cache: _Cache, x: Tensor, attn_mask: Tensor | None) -> int:
     if not (hasattr(cache, "length") and hasattr(cache, "update")):
         raise TypeError("cache must have length and update, as KVCache has, "
                         f"got {type(cache).__name__}")
+    _check_length("cache.length", cache.length)
     if attn_mask is not None:
         kv_len = cache.length + x.shape[2]
         _check_mask(attn_mask, (*x.shape[:-1], kv_len), x.device)
@@ -307,6 +315,7 @@ class GroupedQueryAttention(nn.Module):
             cache: a ``KVCache`` (chapter 07). The keys, turned, and the
                 values of x are appended to it, and x reads all Tk = past +
                 T that it then holds; token i of x is at place past + i.
+                Not under torch.utils.checkpoint: it would append twice.
             attn_mask: combined with the causal mask; broadcastable to
                 (B, H, T, Tk), where B counts all leading axes of x, and
                 Tk = T without a cache. Bool: True = may attend. Float:
@@ -341,7 +350,10 @@ class GroupedQueryAttention(nn.Module):
         offset = 0
         if cache is not None:
             offset = _check_cache(cache, q, attn_mask)
-            k, v = (kept.to(q.dtype) for kept in cache.update(k, v))
+            # a copy where q alone is trained: later calls write the slots
+            k, v = (kept.to(q.dtype, copy=q.requires_grad
+                            and not kept.requires_grad)
+                    for kept in cache.update(k, v))
         result = grouped_attention(
             q, k, v, attn_mask, is_causal=self.is_causal, offset=offset,
             dropout_p=self.dropout.p if self.dropout.training else 0.0,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .causal import _check_length, _check_values, _is_integer
+from .single_head import _DTYPES
 
 # %% ../nbs/07_kv_cache.ipynb #written
 def _detached(slots: Tensor) -> Tensor:
@@ -33,6 +34,9 @@ def _written(slots: Tensor, new: Tensor, start: int) -> Tensor:
     slots[:, :, start:stop] = new
     return slots
 
+# %% ../nbs/07_kv_cache.ipynb #slot-dtypes
+_SLOT_DTYPES = (*_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
+
 # %% ../nbs/07_kv_cache.ipynb #kv-cache
 class KVCache:
     """Keys and values of the tokens so far, of one layer and one batch.
@@ -47,14 +51,18 @@ class KVCache:
         max_len: N, slots for each text (tokens), at least 1.
         head_dim: Dh, width of the keys, at least 1.
         v_head_dim: Dv, width of the values; default head_dim.
-        dtype: floating-point format of the slots; what is written is
-            rounded to it. Default torch's default dtype. Give that of the
-            layer: otherwise it converts all keys and values at each call.
+        dtype: format of the slots: float64, float32, bfloat16, float16,
+            float8_e4m3fn or float8_e5m2; what is written is rounded to it.
+            Default torch's default dtype. Give that of the layer:
+            otherwise it converts all keys and values at each call.
         device: where the slots are; default torch's default device.
     Returns:
         an empty cache; give it to ``GroupedQueryAttention`` as ``cache``.
+        It can be made inside what torch.export or torch.compile see, and
+        torch.compile takes it as an argument; torch.export does not, and
+        under vmap it cannot be written.
     Raises:
-        TypeError: a size is no int, or dtype is not floating point.
+        TypeError: a size is no int, or dtype is none of the six.
         ValueError: a size is below 1.
     Source: Shazeer 2019, section 3 (K and V of incremental decoding).
     See: chapter 07.
@@ -71,8 +79,9 @@ class KVCache:
                            "v_head_dim": v_head_dim}.items():
             _check_length(name, size, least=1)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError("dtype must be a floating-point torch.dtype, "
+        if dtype not in _SLOT_DTYPES:
+            raise TypeError("dtype must be one of "
+                            f"{', '.join(map(str, _SLOT_DTYPES))}, "
                             f"got {dtype!r}")
         with torch.inference_mode(False):    # may be written in any mode
             self._keys, self._values = (torch.zeros(
@@ -118,7 +127,8 @@ class KVCache:
             key: (B, Hkv, T, Dh), floating point; before they are copied
                 for the query heads, and already turned if there are rotary
                 positions (chapter 08).
-            value: (B, Hkv, T, Dv), floating point.
+            value: (B, Hkv, T, Dv), floating point. Neither may be a view of
+                this cache: clone what is to be moved within it.
         Returns:
             all keys (B, Hkv, length, Dh) and values (B, Hkv, length, Dv),
             in the dtype of the cache: views, good until the next write.
@@ -138,7 +148,7 @@ class KVCache:
         return self.keys, self.values
 
     def crop(self, length: int) -> None:
-        """Forget all tokens but the first ``length``.
+        """Forget all tokens but the first ``length``; gradients stay.
 
         Args:
             length: tokens to keep, from 0 to the number that is there.

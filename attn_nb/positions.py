@@ -61,7 +61,8 @@ def rope_cos_sin(positions: Tensor, head_dim: int, theta: float = 10000.0,
     """Cosines and sines of p * theta**(-2i/Dh), for rotary positions.
 
     Angles are float32 whatever the model's dtype, made by the same steps
-    as in transformers, so tables agree. Float32 angles cost something at
+    as in transformers, so tables agree (up to rounding of theta for
+    "dynamic"). Float32 angles cost something at
     large positions: an angle near 100,000 is rounded by up to 0.004, one
     near 1,000,000 by up to 0.03 (radians); in bfloat16 it would be 256.
 
@@ -82,7 +83,9 @@ def rope_cos_sin(positions: Tensor, head_dim: int, theta: float = 10000.0,
             mscale_all_dim and truncate. Any may have
             partial_rotary_factor: then head_dim is Dh, and that part of
             it is turned. For "dynamic", original_max_position_embeddings
-            is the config's max_position_embeddings.
+            is the config's max_position_embeddings; its angles change
+            with the largest position of all texts, so keys that were
+            cached before differ from those of one pass.
     Returns:
         (cos, sin), each (B or 1, T, Half), float32, Half numbers for
         2 * Half turned ones, multiplied by the rule's attention factor
@@ -125,6 +128,8 @@ def _check_number(name: str, x: float, least: float = 0.0,
     """Raise unless x is a finite number, at least (or above) ``least``."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name} must be a number, got {x!r}")
+    if isinstance(x, int) and abs(x) > 2 ** 63:
+        raise ValueError(f"{name} must fit in 64 bits")
     if not (least < x < math.inf or (x == least and not above)):
         word = "above" if above else "at least"
         raise ValueError(f"{name} must be finite and {word} {least:g}, "

@@ -77,13 +77,17 @@ def _first(bad: Tensor) -> tuple[int, ...]:
 
 def _call(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``fn`` on copies of the inputs; its result must be usable."""
-    out = fn(*(x.clone() for x in inputs))
+    return _usable("fn", fn(*(x.clone() for x in inputs)))
+
+
+def _usable(name: str, out: Tensor) -> Tensor:
+    """The result of the function of that name, if it is a float tensor."""
     if not isinstance(out, Tensor):
-        raise TypeError("fn must return a tensor, got "
+        raise TypeError(f"{name} must return a tensor, got "
                         f"{type(out).__name__}; wrap it in a lambda")
     if not out.is_floating_point() or out.numel() == 0:
-        raise TypeError("fn must return a floating-point tensor that is not "
-                        f"empty, got {out.dtype} {tuple(out.shape)}")
+        raise TypeError(f"{name} must return a floating-point tensor that is "
+                        f"not empty, got {out.dtype} {tuple(out.shape)}")
     return out
 
 
@@ -429,17 +433,22 @@ def assert_cache_equals_full(
             that the check would prove nothing.
         ValueError: x is too short, or out has no token axis of the length
             of what was read.
-        TypeError: step does not return a pair that starts with a usable
-            tensor.
+        TypeError: x is no such tensor, or step does not return a pair that
+            starts with a usable one.
     Source: the definition of a cache. See: chapter 07.
     """
+    wanted = ("x must be float (..., T, D) or integer (..., T) with at least "
+              "3 tokens")
+    if not isinstance(x, Tensor) or x.dtype == torch.bool:
+        raise TypeError(f"{wanted}, got "
+                        f"{getattr(x, 'dtype', type(x).__name__)}")
     axis = -2 if x.is_floating_point() else -1
     if x.dim() < -axis or x.numel() == 0 or x.shape[axis] < 3:
-        raise ValueError("x must be float (..., T, D) or integer (..., T) "
-                         f"with at least 3 tokens, got {tuple(x.shape)}")
+        raise ValueError(f"{wanted}, got {tuple(x.shape)}")
     full = _read(step, x, axis, [x.shape[axis]])
-    size = full.masked_fill(~full.isfinite(), 0.0).abs().amax().item()
-    bound = tolerance(full.dtype) * max(1.0, size)
+    size = full.masked_fill(~full.isfinite(), 0.0).abs()
+    size = size.flatten(0, -2).amax(0).clamp(min=1.0)    # each channel has one
+    bound = tolerance(full.dtype) * size
 
     def compare(law: str, out: Tensor) -> None:
         gap = _gap(out, full)
@@ -468,7 +477,7 @@ def _read(step: Callable[[Tensor, object], tuple[Tensor, object]],
         if not isinstance(got, tuple) or len(got) != 2:
             raise TypeError("step must return a pair (out, state), got "
                             f"{type(got).__name__}")
-        out, state = _call(lambda _: got[0], piece).detach(), got[1]
+        out, state = _usable("step", got[0]).detach().clone(), got[1]
         if out.dim() < 2 or out.shape[-2] != piece.shape[axis]:
             raise ValueError(f"out must be (..., {piece.shape[axis]}, any), "
                              f"got {tuple(out.shape)}")

@@ -437,9 +437,7 @@ BUGS += [
     cached("one memory for keys and values", "        self._length = 0\n\n    def __repr__",
            "        if head_dim == v_head_dim:\n            self._values = self._keys\n"
            "        self._length = 0\n\n    def __repr__"),
-    cached("dtype of the cache ignored", "dtype = torch.get_default_dtype() if dtype is None else dtype\n        if not (",
-           "dtype = dtype or torch.get_default_dtype()\n        if dtype.is_floating_point:\n"
-           "            dtype = torch.float32\n        if not ("),
+    cached("dtype of the cache ignored", "width, dtype=dtype,", "width, dtype=torch.float32,"),
     cached("gradients dropped", "slots, new.to(slots.dtype), 2,", "slots, new.detach().to(slots.dtype), 2,"),
     cached("gradients of old tokens dropped", "slots, new.to(slots.dtype), 2,", "slots.detach(), new.to(slots.dtype), 2,"),
     cached("in place where gradients are wanted", "if torch.is_grad_enabled() and (new.requires_grad or\n"
@@ -457,7 +455,8 @@ BUGS += [
 OFFSET = "offset = _check_cache(cache, q, attn_mask)"
 ROTATED = "q, k = _rotate(torch.cat([q, k], 1), *rope).split(\n                [self.num_heads, Hkv], 1)"
 TURN = "turned = torch.cat([first * cos - second * sin,\n                        second * cos + first * sin, rest], -1)"
-UPDATED = "k, v = (kept.to(q.dtype) for kept in cache.update(k, v))"
+UPDATED = ("k, v = (kept.to(q.dtype, copy=q.requires_grad\n                            and not kept.requires_grad)\n"
+           "                    for kept in cache.update(k, v))")
 BUGS += [
     grouped("layer: offset 0 with a cache", OFFSET, OFFSET.replace("offset =", "_ =")),
     grouped("layer: offset of the new length", UPDATED, UPDATED + "\n            offset = cache.length"),
@@ -472,7 +471,8 @@ BUGS += [
     grouped("layer: copies for the query heads are kept", UPDATED,
             UPDATED.replace("update(k, v)", "update(\n                *(repeat_kv(x, self.num_heads // Hkv) for x in (k, v)))")),
     grouped("layer: keys kept before rotation", f"            {ROTATED}\n        offset = 0\n        if cache is not None:\n"
-            f"            {OFFSET}\n            {UPDATED}\n",
+            f"            {OFFSET}\n            # a copy where q alone is trained: later calls write the slots\n"
+            f"            {UPDATED}\n",
             f"            q, turned = _rotate(q, *rope), _rotate(k, *rope)\n        offset = 0\n        if cache is not None:\n"
             f"            {OFFSET}\n            {UPDATED}\n        if rope is not None:\n"
             "            k = torch.cat([k[:, :, :offset], turned], 2)\n"),

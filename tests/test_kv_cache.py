@@ -363,7 +363,7 @@ def test_sizes_that_are_refused(name, size, error, words):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, "float32", float, 32])
 def test_dtypes_that_are_refused(dtype):
-    with pytest.raises(TypeError, match="^dtype must be a floating-point torch.dtype, got " + re.escape(repr(dtype))):
+    with pytest.raises(TypeError, match="^dtype must be one of torch.float64, .* got " + re.escape(repr(dtype))):
         KVCache(**SIZES, dtype=dtype)
 
 
@@ -837,6 +837,20 @@ def test_gradients_are_those_of_one_pass(sizes, turned, masked):
     x = torch.randn(2, 7, 10).double()
     assert_parity(pieces_with_gradients(layer, names, sizes, mask, rope, torch.float64), uncached, x, *parameters)
     assert_parity(whole, uncached, x, *parameters)
+
+
+@pytest.mark.parametrize("trained", [{"q_proj"}, {"q_proj", "k_proj"}, {"q_proj", "v_proj"}, {"o_proj"}])
+def test_some_matrices_are_frozen(trained):
+    """Keys or values without gradients are written in place, while a graph of the queries still needs them as they were."""
+    layer, x = make_layer(), torch.randn(2, 7, 10).double()
+    for name, p in layer.named_parameters():
+        p.requires_grad_(name.split(".")[0] in trained)
+    wanted = [p for p in layer.parameters() if p.requires_grad]
+    cache = KVCache(2, 2, 9, 4, dtype=torch.float64)
+    out = torch.cat([layer(piece, cache=cache) for piece in x.split([3, 1, 1, 2], 1)], 1)
+    assert_close(out, layer(x), rtol=0, atol=1e-9)
+    for ours, want in zip(torch.autograd.grad(out.square().sum(), wanted), torch.autograd.grad(layer(x).square().sum(), wanted)):
+        assert_close(ours, want, rtol=1e-7, atol=1e-9)
 
 
 def test_an_old_token_gets_gradients_from_every_later_call():

@@ -703,6 +703,27 @@ def test_the_bound_grows_with_the_outputs(size):
                 assert_cache_equals_full(step, x)
 
 
+def test_a_loud_channel_hides_no_fault():
+    x = torch.randn(2, 6, 3).double()
+    loud = torch.tensor([1e8, 1.0, 1.0]).double()
+
+    def slightly_wrong(new, state):
+        out, state = sums(new, state)
+        return loud * out + 1e-3 * (new.shape[1] == 1) * torch.tensor([0.0, 1.0, 0.0]), state
+    assert_cache_equals_full(lambda new, state: (loud * sums(new, state)[0], sums(new, state)[1]), x)
+    with pytest.raises(AssertionError, match="output 0 differs by 0.001"):
+        assert_cache_equals_full(slightly_wrong, x)
+
+
+def test_a_step_may_return_the_same_memory_each_time():
+    memory = torch.zeros(2, 6, 3).double()
+
+    def step(new, state):
+        out, state = sums(new, state)
+        return memory[:, :new.shape[1]].copy_(out), state
+    assert_cache_equals_full(step, torch.randn(2, 6, 3).double())
+
+
 def test_the_last_output_must_depend_on_the_first_token():
     """It is not enough that the one before it does."""
     def deaf_at_the_end(x, state):
