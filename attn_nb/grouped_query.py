@@ -239,6 +239,18 @@ def _check_cache(cache: _Cache, x: Tensor, attn_mask: Tensor | None) -> int:
         _check_mask(attn_mask, (*x.shape[:-1], kv_len), x.device)
     return cache.length
 
+# %% ../nbs/06_grouped_query.ipynb #keep
+def _keep(cache: _Cache, q: Tensor, k: Tensor, v: Tensor
+          ) -> tuple[Tensor, ...]:
+    """Append k and v; all keys and values, in the dtype of q.
+
+    Copies only where q alone is trained: its graph needs them as they
+    are, and later calls write into the slots.
+    """
+    return tuple(kept.to(q.dtype, copy=q.requires_grad
+                         and not kept.requires_grad)
+                 for kept in cache.update(k, v))
+
 # %% ../nbs/06_grouped_query.ipynb #layer-class
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which query heads share KV heads.
@@ -350,10 +362,7 @@ class GroupedQueryAttention(nn.Module):
         offset = 0
         if cache is not None:
             offset = _check_cache(cache, q, attn_mask)
-            # a copy where q alone is trained: later calls write the slots
-            k, v = (kept.to(q.dtype, copy=q.requires_grad
-                            and not kept.requires_grad)
-                    for kept in cache.update(k, v))
+            k, v = _keep(cache, q, k, v)
         result = grouped_attention(
             q, k, v, attn_mask, is_causal=self.is_causal, offset=offset,
             dropout_p=self.dropout.p if self.dropout.training else 0.0,

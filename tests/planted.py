@@ -455,8 +455,7 @@ BUGS += [
 OFFSET = "offset = _check_cache(cache, q, attn_mask)"
 ROTATED = "q, k = _rotate(torch.cat([q, k], 1), *rope).split(\n                [self.num_heads, Hkv], 1)"
 TURN = "turned = torch.cat([first * cos - second * sin,\n                        second * cos + first * sin, rest], -1)"
-UPDATED = ("k, v = (kept.to(q.dtype, copy=q.requires_grad\n                            and not kept.requires_grad)\n"
-           "                    for kept in cache.update(k, v))")
+UPDATED = "k, v = _keep(cache, q, k, v)"
 BUGS += [
     grouped("layer: offset 0 with a cache", OFFSET, OFFSET.replace("offset =", "_ =")),
     grouped("layer: offset of the new length", UPDATED, UPDATED + "\n            offset = cache.length"),
@@ -469,10 +468,9 @@ BUGS += [
     grouped("layer: the mask need only fit the new tokens", "kv_len = cache.length + x.shape[2]", "kv_len = x.shape[2]"),
     grouped("layer: result in the dtype of the cache", UPDATED, "k, v = cache.update(k, v)\n            q = q.to(k.dtype)"),
     grouped("layer: copies for the query heads are kept", UPDATED,
-            UPDATED.replace("update(k, v)", "update(\n                *(repeat_kv(x, self.num_heads // Hkv) for x in (k, v)))")),
+            UPDATED.replace("k, v)", "*(\n                repeat_kv(x, self.num_heads // Hkv) for x in (k, v)))")),
     grouped("layer: keys kept before rotation", f"            {ROTATED}\n        offset = 0\n        if cache is not None:\n"
-            f"            {OFFSET}\n            # a copy where q alone is trained: later calls write the slots\n"
-            f"            {UPDATED}\n",
+            f"            {OFFSET}\n            {UPDATED}\n",
             f"            q, turned = _rotate(q, *rope), _rotate(k, *rope)\n        offset = 0\n        if cache is not None:\n"
             f"            {OFFSET}\n            {UPDATED}\n        if rope is not None:\n"
             "            k = torch.cat([k[:, :, :offset], turned], 2)\n"),
