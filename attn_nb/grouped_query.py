@@ -93,6 +93,49 @@ def _reads_groups(query: Tensor, value: Tensor,
             and query.dtype in (torch.float16, torch.bfloat16)
             and torch.cuda.get_device_capability(query.device) >= (8, 0))
 
+# %% ../nbs/06_grouped_query.ipynb #grouped-core
+def _grouped(query: Tensor, key: Tensor, value: Tensor,
+             attn_mask: Tensor | None, *, is_causal: bool,
+             offset: int | Tensor, scale: float | None, dropout_p: float,
+             return_weights: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """``grouped_attention``, for inputs that have been checked."""
+    (B, H, Tq), Hkv, dtype = query.shape[:3], key.shape[1], query.dtype
+    readable = return_weights or dropout_p == 1      # kernels want p < 1
+    fold = readable or Tq == 1
+    # kernels mask before they scale, and know one query per row
+    as_mask = fold or (scale is not None and scale <= 0)
+    alone = is_causal and attn_mask is None and not as_mask
+    if alone and not isinstance(offset, Tensor) and offset == 0 \
+            and Tq < key.shape[2]:                   # the others are unseen
+        key, value = key[:, :, :Tq], value[:, :, :Tq]
+    attn_mask, is_causal = _join_masks(
+        query, key, attn_mask, is_causal=is_causal, offset=offset,
+        as_mask=as_mask)
+    options = {"dropout_p": dropout_p, "scale": scale}
+    empty = None
+    if Tq == 1 and attn_mask is not None and attn_mask.dtype == torch.bool:
+        readable = True      # few scores: fill them, hide no keys
+    elif attn_mask is not None:
+        query, key, value, attn_mask, empty = _hide_unseen(
+            query, key, value, attn_mask)
+    if fold and attn_mask is not None:
+        attn_mask, empty = (None if mask is None else _fold_mask(
+            mask, query, Hkv) for mask in (attn_mask, empty))
+    if fold:
+        query = _fold(query, Hkv)                        # (B, Hkv, Rows, Dh)
+    elif H != Hkv and not _reads_groups(query, value, attn_mask):
+        key, value = (repeat_kv(x, H // Hkv) for x in (key, value))
+    if readable:
+        out, weights = attention(query, key, value, attn_mask, **options)
+        weights = weights.reshape(B, H, Tq, key.shape[2])    # (B, H, Tq, Tk)
+    else:
+        if query.shape[1] != key.shape[1]:
+            options["enable_gqa"] = True
+        out = _fused_attention(query, key, value, attn_mask, empty,
+                               is_causal=is_causal, **options)
+    out = out.reshape(B, H, Tq, value.shape[3]).to(dtype)    # (B, H, Tq, Dv)
+    return (out, weights) if return_weights else out
+
 # %% ../nbs/06_grouped_query.ipynb #grouped-attention
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor,
                       attn_mask: Tensor | None = None, *,
@@ -138,42 +181,9 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor,
     """
     _check_grouped(query, key, value, dropout_p, scale, offset)
     _check_flag("is_causal", is_causal)
-    (B, H, Tq), Hkv, dtype = query.shape[:3], key.shape[1], query.dtype
-    readable = return_weights or dropout_p == 1      # kernels want p < 1
-    fold = readable or Tq == 1
-    # kernels mask before they scale, and know one query per row
-    as_mask = fold or (scale is not None and scale <= 0)
-    alone = is_causal and attn_mask is None and not as_mask
-    if alone and not isinstance(offset, Tensor) and offset == 0 \
-            and Tq < key.shape[2]:                   # the others are unseen
-        key, value = key[:, :, :Tq], value[:, :, :Tq]
-    attn_mask, is_causal = _join_masks(
-        query, key, attn_mask, is_causal=is_causal, offset=offset,
-        as_mask=as_mask)
-    options = {"dropout_p": dropout_p, "scale": scale}
-    empty = None
-    if Tq == 1 and attn_mask is not None and attn_mask.dtype == torch.bool:
-        readable = True      # few scores: fill them, hide no keys
-    elif attn_mask is not None:
-        query, key, value, attn_mask, empty = _hide_unseen(
-            query, key, value, attn_mask)
-    if fold and attn_mask is not None:
-        attn_mask, empty = (None if mask is None else _fold_mask(
-            mask, query, Hkv) for mask in (attn_mask, empty))
-    if fold:
-        query = _fold(query, Hkv)                        # (B, Hkv, Rows, Dh)
-    elif H != Hkv and not _reads_groups(query, value, attn_mask):
-        key, value = (repeat_kv(x, H // Hkv) for x in (key, value))
-    if readable:
-        out, weights = attention(query, key, value, attn_mask, **options)
-        weights = weights.reshape(B, H, Tq, key.shape[2])    # (B, H, Tq, Tk)
-    else:
-        if query.shape[1] != key.shape[1]:
-            options["enable_gqa"] = True
-        out = _fused_attention(query, key, value, attn_mask, empty,
-                               is_causal=is_causal, **options)
-    out = out.reshape(B, H, Tq, value.shape[3]).to(dtype)    # (B, H, Tq, Dv)
-    return (out, weights) if return_weights else out
+    return _grouped(query, key, value, attn_mask, is_causal=is_causal,
+                    offset=offset, scale=scale, dropout_p=dropout_p,
+                    return_weights=return_weights)
 
 # %% ../nbs/06_grouped_query.ipynb #rotate
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -363,8 +373,9 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             offset = _check_cache(cache, q, attn_mask)
             k, v = _keep(cache, q, k, v)
-        result = grouped_attention(
+        result = _grouped(
             q, k, v, attn_mask, is_causal=self.is_causal, offset=offset,
+            scale=None,
             dropout_p=self.dropout.p if self.dropout.training else 0.0,
             return_weights=return_weights)
         context, weights = result if return_weights else (result, None)
