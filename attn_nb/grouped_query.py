@@ -184,7 +184,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     half, dtype = cos.shape[-1], x.dtype
     x = x.to(torch.promote_types(dtype, torch.float32))
-    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)      # (B, 1, T, Half)
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)      # (..., 1, T, Half)
     first, second, rest = x.tensor_split((half, 2 * half), -1)
     turned = torch.cat([first * cos - second * sin,
                         second * cos + first * sin, rest], -1)
