@@ -380,7 +380,8 @@ NORMED, SQUARES = "normed = (wide * torch.rsqrt(mean_square + eps)).to(x.dtype)"
 WEIGHTED = "return (weight * normed).to(x.dtype) "
 GATED = ("gate = F.silu(self.gate_proj(x))                 # (..., T, F)\n"
          "        out = self.down_proj(gate * self.up_proj(x))     # (..., T, D)")
-SKIP, WORK = "x = x + out                                      # (..., T, D)", "x = x + self.mlp(self.post_attention_layernorm(x)) "
+SKIP = "x = x + out                                      # (..., T, D)"
+WORK = "x = x + self.mlp(self.post_attention_layernorm(x)) "
 BUGS += [
     decoder("norm: squares in half precision", WIDE, "wide = x"),
     decoder("norm: weight before the rounding", NORMED, "normed = wide * torch.rsqrt(mean_square + eps)"),
@@ -422,7 +423,8 @@ BUGS += [
             "attn_mask=None, return_weights=return_weights)"),
     decoder("layer: cache not passed on", "rope=rope, cache=cache,", "rope=rope, cache=None,"),
     decoder("layer: positions not passed on", "rope=rope, cache=cache,", "rope=None, cache=cache,"),
-    decoder("layer: weights lost on the way", "return (x, weights) if return_weights else x", "return (x, None) if return_weights else x"),
+    decoder("layer: weights lost on the way", "return (x, weights) if return_weights else x",
+            "return (x, None) if return_weights else x"),
     decoder("layer: head width of the config ignored", 'head_dim=getattr(config, "head_dim", None)', "head_dim=None"),
     decoder("layer: biases of q, k and v ignored", 'qkv_bias=getattr(config, "qkv_bias", False)', "qkv_bias=False"),
     decoder("layer: bias of o follows q, k and v", 'getattr(config, "out_bias", False)', 'getattr(config, "qkv_bias", False)'),

@@ -313,8 +313,8 @@ def hugging_face(bias=False, mlp_bias=False, Hkv=2, Dh=4, exact_norms=False, eps
     theirs = LlamaDecoderLayer(config, 0)
     if exact_norms:                          # theirs compute in float32
         theirs.input_layernorm, theirs.post_attention_layernorm = (nn.RMSNorm(18, eps=eps) for _ in range(2))
-    return lively(theirs.double()), settings_of(d_model=18, num_kv_heads=Hkv, head_dim=Dh, norm_eps=eps, qkv_bias=bias, out_bias=bias,
-                                                mlp_bias=mlp_bias)
+    return lively(theirs.double()), settings_of(d_model=18, num_kv_heads=Hkv, head_dim=Dh, norm_eps=eps, qkv_bias=bias,
+                                                out_bias=bias, mlp_bias=mlp_bias)
 
 
 def llama(theirs, x, may=None, rope=None, cache=None):
@@ -798,7 +798,7 @@ def test_one_program_for_prompts_and_one_for_tokens():
     compiled = torch.compile(layer, fullgraph=True, backend=count, dynamic=True)
     with torch.no_grad():
         want = layer(x)
-        for prompt in (4, 6, 3):
+        for prompt in (5, 7, 3):             # not 4: sizes that are equal at first become one, and head_dim is fixed
             cache = KVCache(2, 2, 9, 4, dtype=torch.float64)
             parts = [compiled(part, cache=cache) for part in x.split([prompt] + [1] * (9 - prompt), 1)]
             assert_close(torch.cat(parts, 1), want)
