@@ -159,6 +159,19 @@ def test_bit_for_bit_as_llama(dtype):
             assert not torch.allclose(rms_norm(x, 1 + ours.weight, 1e-5), ours(x), rtol=0.1)
 
 
+def test_gemma_stores_a_distance_from_1():
+    """Its norm is ours with 1 + w in float32; in 16 bits it rounds last, and ours is another function."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
+    theirs, x = Gemma2RMSNorm(64, eps=1e-6), torch.randn(16, 64)
+    theirs.weight.data.normal_(0, 0.3)
+    assert_close(rms_norm(x, 1 + theirs.weight, 1e-6), theirs(x))
+    assert (rms_norm(x, theirs.weight, 1e-6) - theirs(x)).abs().max() > 0.5
+    theirs, low = theirs.bfloat16(), x.bfloat16()
+    differ = rms_norm(low, (1 + theirs.weight.float()).bfloat16(), 1e-6) != theirs(low)
+    assert 0.05 < differ.double().mean() < 0.6
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 100.0])
 def test_as_precise_as_pytorch(dtype, scale):

@@ -15,6 +15,7 @@ from attn_nb.multi_head import MultiHeadAttention
 from attn_nb.multi_head_wrapper import MultiHeadAttentionWrapper
 from attn_nb.plot import plot_attention, slider_bars
 from attn_nb.single_head import SelfAttention, attention
+from attn_nb.testing import assert_cache_equals_full
 
 MODULES = sorted(p for p in Path("attn_nb").glob("*.py") if not p.stem.startswith("_"))
 GOOD = '''
@@ -91,6 +92,8 @@ def test_every_shape_comment_of_the_package_has_run():
         GroupedQueryAttention(8, 4, 2)(query, return_weights=weights_too)
     config = SimpleNamespace(d_model=8, num_heads=4, num_kv_heads=2, d_ff=6, norm_eps=1e-6)
     DecoderLayer(config)(query, rope=(torch.ones(1, 4, 1), torch.zeros(1, 4, 1)))
+    assert_cache_equals_full(lambda new, past: (
+        total := (0 if past is None else past) + new.cumsum(1), total[:, -1:]), query)
     heads = torch.randn(2, 6, 4, 8)
     repeat_kv(heads, 2)
     grouped_attention(heads[:, :, :1], heads[:, :3], heads[:, :3], real)
