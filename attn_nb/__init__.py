@@ -2,6 +2,7 @@
 __version__ = "0.1.0"
 
 from .causal import CausalSelfAttention, bias_to_mask, causal_mask, mask_from_mha, mask_to_bias, padding_mask
+from .decoder_layer import DecoderLayer, RMSNorm, SwiGLU, rms_norm
 from .dropout import CausalAttention
 from .grouped_query import GroupedQueryAttention, grouped_attention, kv_cache_bytes, repeat_kv
 from .kv_cache import KVCache
@@ -23,12 +24,12 @@ from .testing import (
 )
 
 __all__ = [
-    "CausalAttention", "CausalSelfAttention", "GroupedQueryAttention", "KVCache", "MultiHeadAttention",
-    "MultiHeadAttentionWrapper", "SelfAttention", "apply_rotary", "assert_as_precise",
-    "assert_cache_equals_full", "assert_causal", "assert_eval_deterministic", "assert_parity",
-    "assert_permutation_equivariant", "assert_rows_sum_to_one", "attention", "bias_to_mask", "cache_steps",
-    "catches", "causal_mask", "convert_rotary_layout", "grouped_attention", "kv_cache_bytes", "kv_calculator",
-    "mask_from_mha", "mask_grid", "mask_to_bias", "merge_heads", "padding_mask", "plot_attention",
-    "repeat_kv", "rope_cos_sin", "rotary_dial", "sinusoidal_positions", "slider_bars", "split_heads",
-    "tolerance", "use_book_style",
+    "CausalAttention", "CausalSelfAttention", "DecoderLayer", "GroupedQueryAttention", "KVCache",
+    "MultiHeadAttention", "MultiHeadAttentionWrapper", "RMSNorm", "SelfAttention", "SwiGLU", "apply_rotary",
+    "assert_as_precise", "assert_cache_equals_full", "assert_causal", "assert_eval_deterministic",
+    "assert_parity", "assert_permutation_equivariant", "assert_rows_sum_to_one", "attention", "bias_to_mask",
+    "cache_steps", "catches", "causal_mask", "convert_rotary_layout", "grouped_attention", "kv_cache_bytes",
+    "kv_calculator", "mask_from_mha", "mask_grid", "mask_to_bias", "merge_heads", "padding_mask",
+    "plot_attention", "repeat_kv", "rms_norm", "rope_cos_sin", "rotary_dial", "sinusoidal_positions",
+    "slider_bars", "split_heads", "tolerance", "use_book_style",
 ]

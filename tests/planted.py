@@ -560,6 +560,73 @@ BUGS += [
 ]
 
 
+def decoder(name, old, new):
+    return Bug(name, "decoder_layer", old, new)
+
+
+WIDE = "wide = x.to(torch.promote_types(x.dtype, torch.float32))"
+NORMED, SQUARES = "normed = (wide * torch.rsqrt(mean_square + eps)).to(x.dtype)", "wide.square().mean(-1, keepdim=True)"
+WEIGHTED = "return (weight * normed).to(x.dtype) "
+GATED = ("gate = F.silu(self.gate_proj(x))                 # (..., T, F)\n"
+         "        out = self.down_proj(gate * self.up_proj(x))     # (..., T, D)")
+SKIP = "x = x + out                                      # (..., T, D)"
+WORK = "x = x + self.mlp(self.post_attention_layernorm(x)) "
+BUGS += [
+    decoder("norm: squares in half precision", WIDE, "wide = x"),
+    decoder("norm: weight before the rounding", NORMED, "normed = wide * torch.rsqrt(mean_square + eps)"),
+    decoder("norm: 1 + weight, as Gemma has it", WEIGHTED, "return ((1 + weight) * normed).to(x.dtype) "),
+    decoder("norm: result in the dtype of the weight", WEIGHTED, "return weight * normed "),
+    decoder("norm: eps outside the root", "torch.rsqrt(mean_square + eps)", "(1 / (mean_square.sqrt() + eps))"),
+    decoder("norm: eps left out", "torch.rsqrt(mean_square + eps)", "torch.rsqrt(mean_square)"),
+    decoder("norm: sum instead of mean", SQUARES, "wide.square().sum(-1, keepdim=True)"),
+    decoder("norm: over the tokens instead of the features", SQUARES, "wide.square().mean(-2, keepdim=True)"),
+    decoder("norm: mean size instead of root mean square", SQUARES, "wide.abs().mean(-1, keepdim=True).square()"),
+    decoder("norm: centred, as LayerNorm is", WIDE, WIDE + "\n    wide = wide - wide.mean(-1, keepdim=True)"),
+    decoder("norm: the root is forgotten", "torch.rsqrt(mean_square + eps)", "(mean_square + eps).reciprocal()"),
+    decoder("norm: weight never learned", "nn.Parameter(torch.ones(d_model))", "torch.ones(d_model)"),
+    decoder("norm: weight starts at 0", "torch.ones(d_model)", "torch.zeros(d_model)"),
+    decoder("norm: its own eps ignored", "rms_norm(x, self.weight, self.eps)", "rms_norm(x, self.weight, 1e-6)"),
+    decoder("norm: eps of 0 accepted", "if not 0.0 < eps < math.inf:", "if not 0.0 <= eps < math.inf:"),
+    decoder("norm: weight of another width let through", "weight.shape != x.shape[-1:]", "weight.dim() != 1"),
+    decoder("network: gate and up swapped", GATED, GATED.replace("gate_proj", "other").replace("up_proj", "gate_proj").replace(
+        "other", "up_proj")),
+    decoder("network: activation on the product", GATED, "gate = self.gate_proj(x)\n"
+            "        out = self.down_proj(F.silu(gate * self.up_proj(x)))"),
+    decoder("network: no activation", "F.silu(self.gate_proj(x))", "self.gate_proj(x)     "),
+    decoder("network: gelu for silu", "F.silu", "F.gelu"),
+    decoder("network: sigmoid for silu", "F.silu", "F.sigmoid"),
+    decoder("network: gate added instead of multiplied", "gate * self.up_proj(x)", "gate + self.up_proj(x)"),
+    decoder("layer: norms on the stream", SKIP + "\n        " + WORK,
+            "x = self.input_layernorm(x + out)\n        x = self.post_attention_layernorm(x + self.mlp(x)) "),
+    decoder("layer: norm on what the network adds", WORK, "x = x + self.post_attention_layernorm(self.mlp(x)) "),
+    decoder("layer: first skip missing", SKIP, "x = out"),
+    decoder("layer: second skip missing", WORK, WORK.replace("x + ", "")),
+    decoder("layer: skip from the normalised copy", SKIP, "x = self.input_layernorm(x) + out"),
+    decoder("layer: first norm forgotten", "self.input_layernorm(x), rope=rope", "x, rope=rope"),
+    decoder("layer: second norm forgotten", WORK, "x = x + self.mlp(x) "),
+    decoder("layer: norms exchanged", SKIP + "\n        " + WORK, SKIP + "\n        x = x + self.mlp(self.input_layernorm(x)) "),
+    decoder("layer: attention and network side by side", SKIP + "\n        " + WORK,
+            "x = x + out + self.mlp(self.post_attention_layernorm(x)) "),
+    decoder("layer: the stream is overwritten", SKIP, "x = x.add_(out)"),
+    decoder("layer: mask not passed on", "attn_mask=attn_mask, return_weights=return_weights)",
+            "attn_mask=None, return_weights=return_weights)"),
+    decoder("layer: cache not passed on", "rope=rope, cache=cache,", "rope=rope, cache=None,"),
+    decoder("layer: positions not passed on", "rope=rope, cache=cache,", "rope=None, cache=cache,"),
+    decoder("layer: weights lost on the way", "return (x, weights) if return_weights else x",
+            "return (x, None) if return_weights else x"),
+    decoder("layer: head width of the config ignored", 'head_dim=getattr(config, "head_dim", None)', "head_dim=None"),
+    decoder("layer: biases of q, k and v ignored", 'qkv_bias=getattr(config, "qkv_bias", False)', "qkv_bias=False"),
+    decoder("layer: bias of o follows q, k and v", 'getattr(config, "out_bias", False)', 'getattr(config, "qkv_bias", False)'),
+    decoder("layer: biases of the network ignored", 'bias=getattr(config, "mlp_bias", False)', "bias=False"),
+    decoder("layer: dropout of the config ignored", 'dropout=getattr(config, "dropout", 0.0)', "dropout=0.0"),
+    decoder("layer: eps of the second norm ignored", "RMSNorm(config.d_model,\n" + 48 * " " + "config.norm_eps)",
+            "RMSNorm(config.d_model)"),
+    decoder("layer: one norm for both places", "RMSNorm(config.d_model,\n" + 48 * " " + "config.norm_eps)",
+            "self.input_layernorm"),
+    decoder("layer: missing settings are not named", "if missing:", "if False:"),
+]
+
+
 def killed_by_tests(bug):
     """The first test that fails with the bug planted, or None. In a forked process: torch is loaded, the package is not."""
     import pytest

@@ -1,12 +1,14 @@
 """Shape comments of exported code are checked while the suite runs (conftest.py); here: that this works."""
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import shape_comments
 import torch
 
 from attn_nb.causal import causal_mask, mask_from_mha, padding_mask
+from attn_nb.decoder_layer import DecoderLayer
 from attn_nb.dropout import CausalAttention
 from attn_nb.grouped_query import GroupedQueryAttention, grouped_attention, repeat_kv
 from attn_nb.multi_head import MultiHeadAttention
@@ -14,6 +16,7 @@ from attn_nb.multi_head_wrapper import MultiHeadAttentionWrapper
 from attn_nb.plot import plot_attention, rotary_dial, slider_bars
 from attn_nb.positions import apply_rotary, rope_cos_sin, sinusoidal_positions
 from attn_nb.single_head import SelfAttention, attention
+from attn_nb.testing import assert_cache_equals_full
 
 MODULES = sorted(p for p in Path("attn_nb").glob("*.py") if not p.stem.startswith("_"))
 GOOD = '''
@@ -88,6 +91,10 @@ def test_every_shape_comment_of_the_package_has_run():
         MultiHeadAttentionWrapper(8, 3, 4, 0.5, num_heads=2)(query, return_weights=weights_too)
         MultiHeadAttention(8, 6, 6, 0.5, num_heads=2, v_in=3)(query, key, value, return_weights=weights_too)
         GroupedQueryAttention(8, 4, 2)(query, return_weights=weights_too)
+    config = SimpleNamespace(d_model=8, num_heads=4, num_kv_heads=2, d_ff=6, norm_eps=1e-6)
+    DecoderLayer(config)(query, rope=(torch.ones(1, 4, 1), torch.zeros(1, 4, 1)))
+    assert_cache_equals_full(lambda new, past: (
+        total := (0 if past is None else past) + new.cumsum(1), total[:, -1:]), query)
     heads = torch.randn(2, 6, 4, 8)
     repeat_kv(heads, 2)
     grouped_attention(heads[:, :, :1], heads[:, :3], heads[:, :3], real)
