@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .causal import _check_length
+from .causal import _check_flag, _check_length
 from .grouped_query import GroupedQueryAttention, _Cache
 from .single_head import _DTYPES, _check_tokens
 
@@ -48,14 +48,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The squares, their mean and the division are in float32 at least. The
     quotient is rounded to the dtype of x *before* it meets the weight:
-    this is how models of the Llama family were trained.
+    the order of Llama's reference code.
 
     Args:
         x: (..., D), float64, float32, float16 or bfloat16.
         weight: (D,), one factor for each feature; of any of these dtypes.
-        eps: added to the mean of the squares, above 0.
+        eps: added to the mean of the squares, above 0; below 1e-38 it is
+            0 in float32, and a token of zeros gives NaN.
     Returns:
-        (..., D), in the dtype of x.
+        (..., D), in the dtype of x (Hugging Face's has that of the weight
+        if it is wider).
     Raises:
         TypeError: x or weight is no tensor of these dtypes, they are on
             two devices, or eps is not a number.
@@ -166,6 +168,8 @@ def _check_config(config: object) -> None:
         raise TypeError(
             f"config must have {', '.join(_NEEDED)}, got a "
             f"{type(config).__name__} without {', '.join(missing)}")
+    for name in ("qkv_bias", "out_bias", "mlp_bias"):
+        _check_flag(name, getattr(config, name, False))
 
 # %% ../nbs/09_decoder_layer.ipynb #decoder-layer
 class DecoderLayer(nn.Module):
@@ -182,7 +186,8 @@ class DecoderLayer(nn.Module):
             num_kv_heads (Hkv), d_ff (F) and norm_eps. These are looked up
             too, and have defaults: head_dim (d_model / num_heads), qkv_bias,
             out_bias and mlp_bias (False: no biases), dropout (0.0,
-            probability of dropping an attention weight in training).
+            probability of dropping an attention weight in training). Any
+            other attribute is ignored.
     Returns:
         a module; see ``forward``.
     Raises:
@@ -221,14 +226,16 @@ class DecoderLayer(nn.Module):
             rope: (cos, sin) of the tokens of x, each (B or 1, T, half);
                 see ``GroupedQueryAttention.forward``.
             cache: a ``KVCache`` of this layer, or None. It is the caller's
-                object: what x adds is written into it.
+                object: what x adds is written into it (not under
+                torch.utils.checkpoint, which would write twice).
             attn_mask: combined with the causal mask; broadcastable to
                 (B, H, T, Tk). Bool: True = may attend. Float: added to the
                 scaled scores, -inf forbids.
             return_weights: also return the weights of attention.
         Returns:
-            (..., T, d_model); with return_weights a pair with the weights
-            (..., H, T, Tk). Nothing is kept in the module.
+            (..., T, d_model) in the dtype of x; with return_weights a pair
+            with the weights (..., H, T, Tk), where Tk = tokens in the cache
+            + T. Nothing is kept in the module.
         Raises:
             TypeError: x is not floating point or does not fit the weights'
                 dtype and device, or an option is of a wrong kind.
