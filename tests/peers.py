@@ -97,3 +97,29 @@ class Recorder(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
                 self.made[x.untyped_storage().nbytes() // x.element_size()] += 1
         return out
+
+
+def with_parameters(layer, run):
+    """run(x) as a function of x and of all parameters."""
+    names = [name for name, _ in layer.named_parameters()]
+
+    class Runner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return run(x)
+    return lambda x, *ps: torch.func.functional_call(Runner(), {f"layer.{n}": p for n, p in zip(names, ps)}, (x,))
+
+
+def gap(ours, theirs, *inputs):
+    """Largest difference of the outputs; or of the gradients, compared with the largest gradient, if that is more."""
+    found = []
+    for fn in (ours, theirs):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        out = fn(*leaves)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, weight)])
+    out, *grads = [(a - b).abs().max().item() for a, b in zip(*found)]
+    return max(out, max(grads) / max(g.abs().max().item() for g in found[1][1:]))

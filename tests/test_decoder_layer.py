@@ -1,6 +1,7 @@
 """RMSNorm, SwiGLU and the decoder layer: against PyTorch, Hugging Face's Llama with copied weights, and counted parameters."""
 import copy
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import gap, with_parameters
 from torch import nn
 from torch.testing import assert_close
 
@@ -56,32 +58,6 @@ def lively(layer):
 def layer_and_x(T=5, batch_size=3, **changes):
     layer = lively(DecoderLayer(settings_of(**changes)).double())
     return layer, 2 * torch.randn(batch_size, T, layer.input_layernorm.weight.shape[0], dtype=torch.float64)
-
-
-def with_parameters(layer, run):
-    """run(layer, x) as a function of x and of all parameters."""
-    names = [name for name, _ in layer.named_parameters()]
-
-    class Runner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return run(self.layer, x)
-    return lambda x, *ps: torch.func.functional_call(Runner(), {f"layer.{n}": p for n, p in zip(names, ps)}, (x,))
-
-
-def gap(ours, theirs, *inputs):
-    """Largest difference of the outputs; or of the gradients, compared with the largest gradient, if that is more."""
-    found = []
-    for fn in (ours, theirs):
-        leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        out = fn(*leaves)
-        down = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-        found.append([out.detach(), *torch.autograd.grad(out, leaves, down)])
-    out, *grads = [(a - b).abs().max().item() for a, b in zip(*found)]
-    return max(out, max(grads) / max(g.abs().max().item() for g in found[1][1:]))
 
 
 def rope_tables(positions, head_dim=4, theta=100.0):
@@ -263,7 +239,7 @@ def test_network_equals_hugging_face(bias, lead):
     assert_close(ours(x), theirs(x), rtol=0, atol=1e-9)
     if x.numel():
         inputs = x, *theirs.parameters()
-        assert_parity(with_parameters(ours, lambda f, x: f(x)), with_parameters(theirs, lambda f, x: f(x)), *inputs)
+        assert_parity(with_parameters(ours, ours), with_parameters(theirs, theirs), *inputs)
         swapped = copy.deepcopy(ours)        # controls
         swapped.gate_proj, swapped.up_proj = ours.up_proj, ours.gate_proj
         for wrong in (swapped(x), ours.down_proj(F.silu(ours.gate_proj(x) * ours.up_proj(x))),
@@ -358,14 +334,14 @@ def test_equals_hugging_face(exact, bound, bias, mlp_bias, Hkv, Dh):
     may = may | torch.eye(5).bool()          # their pads see themselves: softmax over nothing is NaN
     for rope in (None, rope_tables(torch.arange(5), Dh), rope_tables(torch.randint(9, (3, 5)), Dh)):
         for mask, their_mask in ((None, causal_mask(5)[None, None].expand(3, 1, 5, 5)), (may, may)):
-            reference = with_parameters(theirs, lambda f, x: llama(f, x, their_mask, rope))
+            reference = with_parameters(theirs, lambda x: llama(theirs, x, their_mask, rope))
             for weights_too in (False, True):
                 def run(f, x):
                     out = f(x, rope=rope, attn_mask=mask, return_weights=weights_too)
                     return out[0] if weights_too else out
-                assert gap(with_parameters(ours, run), reference, *inputs) < bound
+                assert gap(with_parameters(ours, partial(run, ours)), reference, *inputs) < bound
     if exact:
-        assert_parity(with_parameters(ours, lambda f, x: f(x)), with_parameters(theirs, lambda f, x: llama(f, x)), *inputs)
+        assert_parity(with_parameters(ours, ours), with_parameters(theirs, partial(llama, theirs)), *inputs)
 
 
 @pytest.mark.parametrize("exact, bound", [(True, 1e-9), (False, 1e-5)])
@@ -613,7 +589,7 @@ def test_gradients_flow_through_a_cache():
     def in_pieces(f, x):
         cache = KVCache(3, 2, 5, 4, dtype=torch.float64)
         return torch.cat([f(part, cache=cache) for part in x.split([2, 3], 1)], 1)
-    assert_parity(with_parameters(layer, in_pieces), with_parameters(layer, lambda f, x: f(x)), x, *layer.parameters())
+    assert_parity(with_parameters(layer, partial(in_pieces, layer)), with_parameters(layer, layer), x, *layer.parameters())
 
 
 # --- the layer: construction, refusals, life

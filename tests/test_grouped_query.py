@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import Recorder
+from peers import Recorder, gap, with_parameters
 from torch import nn
 from torch.testing import assert_close
 
@@ -514,32 +514,6 @@ def spread_out(layer, x, heads, kv_heads):
     q, k = (p(x).unflatten(-1, (n, -1)).transpose(1, 2) for p, n in ((layer.q_proj, heads), (layer.k_proj, kv_heads)))
     assert (q @ spread(k, heads).mT * q.shape[-1] ** -0.5).std() >= 1
     return layer
-
-
-def with_parameters(layer, run):
-    """run(x) as a function of x and of all parameters."""
-    names = [name for name, _ in layer.named_parameters()]
-
-    class Runner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return run(x)
-    return lambda x, *ps: torch.func.functional_call(Runner(), {f"layer.{n}": p for n, p in zip(names, ps)}, (x,))
-
-
-def gap(ours, theirs, *inputs):
-    """Largest difference of the outputs; or of the gradients, compared with the largest gradient, if that is more."""
-    found = []
-    for fn in (ours, theirs):
-        leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        out = fn(*leaves)
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-        found.append([out.detach(), *torch.autograd.grad(out, leaves, weight)])
-    out, *grads = [(a - b).abs().max().item() for a, b in zip(*found)]
-    return max(out, max(grads) / max(g.abs().max().item() for g in found[1][1:]))
 
 
 def additive(may, dtype=torch.float64):
