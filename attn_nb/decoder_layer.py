@@ -168,7 +168,7 @@ def _check_config(config: object) -> None:
         raise TypeError(
             f"config must have {', '.join(_NEEDED)}, got a "
             f"{type(config).__name__} without {', '.join(missing)}")
-    for name in ("qkv_bias", "out_bias", "mlp_bias"):
+    for name in ("qkv_bias", "out_bias", "mlp_bias", "qk_norm"):
         _check_flag(name, getattr(config, name, False))
 
 # %% ../nbs/09_decoder_layer.ipynb #decoder-layer
@@ -185,9 +185,10 @@ class DecoderLayer(nn.Module):
         config: any object with the attributes d_model (D), num_heads (H),
             num_kv_heads (Hkv), d_ff (F) and norm_eps. These are looked up
             too, and have defaults: head_dim (d_model / num_heads), qkv_bias,
-            out_bias and mlp_bias (False: no biases), dropout (0.0,
-            probability of dropping an attention weight in training). Any
-            other attribute is ignored.
+            out_bias and mlp_bias (False: no biases), qk_norm (False; True:
+            an RMSNorm over each head of queries and keys, as in Qwen3),
+            dropout (0.0, probability of dropping an attention weight in
+            training). Any other attribute is ignored.
     Returns:
         a module; see ``forward``.
     Raises:
@@ -207,6 +208,10 @@ class DecoderLayer(nn.Module):
             qkv_bias=getattr(config, "qkv_bias", False),
             out_bias=getattr(config, "out_bias", False),
             dropout=getattr(config, "dropout", 0.0))
+        if getattr(config, "qk_norm", False):
+            for name in ("q_norm", "k_norm"):
+                setattr(self.self_attn, name, RMSNorm(
+                    self.self_attn.head_dim, config.norm_eps))
         self.mlp = SwiGLU(config.d_model, config.d_ff,
                           bias=getattr(config, "mlp_bias", False))
         self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)

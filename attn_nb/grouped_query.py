@@ -6,6 +6,7 @@
 __all__ = ['repeat_kv', 'grouped_attention', 'GroupedQueryAttention', 'kv_cache_bytes']
 
 # %% ../nbs/06_grouped_query.ipynb #export-imports
+import copy
 import math
 from typing import Protocol
 
@@ -279,11 +280,15 @@ class GroupedQueryAttention(nn.Module):
         dropout: probability in [0, 1] that a weight is dropped in training.
         out_dropout: the same for numbers of the output.
         is_causal: whether a token sees no later one.
+        q_norm, k_norm: modules from (B, H, T, Dh) to the same shape, for
+            queries and for keys (there H is Hkv), before they are turned
+            and kept; for instance norms over each head, as in Qwen3.
+            Default None.
     Returns:
         a module; see ``forward``.
     Raises:
-        TypeError: a size is no integer, a probability not a number, or
-            is_causal neither True nor False.
+        TypeError: a size is no integer, a probability not a number,
+            is_causal neither True nor False, or a norm no module.
         ValueError: a size is below 1, num_kv_heads does not divide
             num_heads, num_heads does not divide d_model and head_dim is
             not given, or a probability is not in [0, 1].
@@ -293,8 +298,14 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, *,
                  head_dim: int | None = None, qkv_bias: bool = False,
                  out_bias: bool = False, dropout: float = 0.0,
-                 out_dropout: float = 0.0, is_causal: bool = True) -> None:
+                 out_dropout: float = 0.0, is_causal: bool = True,
+                 q_norm: nn.Module | None = None,
+                 k_norm: nn.Module | None = None) -> None:
         super().__init__()
+        for name, norm in {"q_norm": q_norm, "k_norm": k_norm}.items():
+            if not isinstance(norm, (nn.Module, type(None))):
+                raise TypeError(f"{name} must be a module or None, got "
+                                f"{type(norm).__name__}")
         for name, size in {"d_model": d_model, "num_heads": num_heads,
                            "num_kv_heads": num_kv_heads}.items():
             _check_length(name, size, least=1)
@@ -318,6 +329,7 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(d_model, narrow, bias=qkv_bias)
         self.v_proj = nn.Linear(d_model, narrow, bias=qkv_bias)
         self.o_proj = nn.Linear(wide, d_model, bias=out_bias)
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.dropout = nn.Dropout(dropout)
         self.out_dropout = nn.Dropout(out_dropout)
 
@@ -365,6 +377,10 @@ class GroupedQueryAttention(nn.Module):
                         self.num_heads)                  # (B, H, T, Dh)
         k = split_heads(self.k_proj(tokens), Hkv)        # (B, Hkv, T, Dh)
         v = split_heads(self.v_proj(tokens), Hkv)        # (B, Hkv, T, Dh)
+        if self.q_norm is not None:
+            q = self.q_norm(q)                           # (B, H, T, Dh)
+        if self.k_norm is not None:
+            k = self.k_norm(k)                           # (B, Hkv, T, Dh)
         if rope is not None:
             _check_rope(rope, q)
             q, k = _rotate(torch.cat([q, k], 1), *rope).split(
@@ -419,10 +435,12 @@ class GroupedQueryAttention(nn.Module):
                 head_dim=q.out_features // layer.num_heads,
                 qkv_bias=q.bias is not None, out_bias=o.bias is not None,
                 dropout=layer.dropout.p, is_causal=layer.is_causal,
-                out_dropout=getattr(layer, "out_dropout", nn.Dropout(0)).p)
+                out_dropout=getattr(layer, "out_dropout", nn.Dropout(0)).p,
+                q_norm=copy.deepcopy(getattr(layer, "q_norm", None)),
+                k_norm=copy.deepcopy(getattr(layer, "k_norm", None)))
         new = grouped.to(q.weight.dtype).state_dict()
         for name, x in layer.state_dict().items():
-            if name[0] not in "kv":
+            if not name.startswith(("k_proj", "v_proj")):
                 new[name] = x.clone()
             elif method != "random":
                 new[name] = _pool_heads(x, grouped, method)
