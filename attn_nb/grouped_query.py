@@ -262,6 +262,25 @@ def _keep(cache: _Cache, q: Tensor, k: Tensor, v: Tensor
                          and not kept.requires_grad)
                  for kept in cache.update(k, v))
 
+# %% ../nbs/06_grouped_query.ipynb #check-heads
+def _check_heads(d_model: int, num_heads: int, num_kv_heads: int,
+                 head_dim: int | None) -> int:
+    """The width of a head; raise unless heads and widths fit."""
+    for name, size in {"d_model": d_model, "num_heads": num_heads,
+                       "num_kv_heads": num_kv_heads}.items():
+        _check_length(name, size, least=1)
+    if num_heads % num_kv_heads:
+        raise ValueError("num_kv_heads must divide num_heads, got num_"
+                         f"heads={num_heads}, num_kv_heads={num_kv_heads}")
+    if head_dim is None:
+        if d_model % num_heads:
+            raise ValueError(
+                "num_heads must divide d_model if head_dim is not given, "
+                f"got d_model={d_model}, num_heads={num_heads}")
+        head_dim = d_model // num_heads
+    _check_length("head_dim", head_dim, least=1)
+    return head_dim
+
 # %% ../nbs/06_grouped_query.ipynb #layer-class
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which query heads share KV heads.
@@ -302,23 +321,11 @@ class GroupedQueryAttention(nn.Module):
                  q_norm: nn.Module | None = None,
                  k_norm: nn.Module | None = None) -> None:
         super().__init__()
+        head_dim = _check_heads(d_model, num_heads, num_kv_heads, head_dim)
         for name, norm in {"q_norm": q_norm, "k_norm": k_norm}.items():
             if not isinstance(norm, (nn.Module, type(None))):
                 raise TypeError(f"{name} must be a module or None, got "
                                 f"{type(norm).__name__}")
-        for name, size in {"d_model": d_model, "num_heads": num_heads,
-                           "num_kv_heads": num_kv_heads}.items():
-            _check_length(name, size, least=1)
-        if num_heads % num_kv_heads:
-            raise ValueError("num_kv_heads must divide num_heads, got num_"
-                             f"heads={num_heads}, num_kv_heads={num_kv_heads}")
-        if head_dim is None:
-            if d_model % num_heads:
-                raise ValueError(
-                    "num_heads must divide d_model if head_dim is not given, "
-                    f"got d_model={d_model}, num_heads={num_heads}")
-            head_dim = d_model // num_heads
-        _check_length("head_dim", head_dim, least=1)
         _check_probability("dropout", dropout)
         _check_probability("out_dropout", out_dropout)
         _check_flag("is_causal", is_causal)
