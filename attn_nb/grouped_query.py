@@ -281,6 +281,14 @@ def _check_heads(d_model: int, num_heads: int, num_kv_heads: int,
     _check_length("head_dim", head_dim, least=1)
     return head_dim
 
+# %% ../nbs/06_grouped_query.ipynb #check-norm-modules
+def _check_norm_modules(**norms: nn.Module | None) -> None:
+    """Raise unless each is a module, or None for no norm."""
+    for name, norm in norms.items():
+        if not isinstance(norm, (nn.Module, type(None))):
+            raise TypeError(f"{name} must be a module or None, got "
+                            f"{type(norm).__name__}")
+
 # %% ../nbs/06_grouped_query.ipynb #layer-class
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which query heads share KV heads.
@@ -322,10 +330,7 @@ class GroupedQueryAttention(nn.Module):
                  k_norm: nn.Module | None = None) -> None:
         super().__init__()
         head_dim = _check_heads(d_model, num_heads, num_kv_heads, head_dim)
-        for name, norm in {"q_norm": q_norm, "k_norm": k_norm}.items():
-            if not isinstance(norm, (nn.Module, type(None))):
-                raise TypeError(f"{name} must be a module or None, got "
-                                f"{type(norm).__name__}")
+        _check_norm_modules(q_norm=q_norm, k_norm=k_norm)
         _check_probability("dropout", dropout)
         _check_probability("out_dropout", out_dropout)
         _check_flag("is_causal", is_causal)
