@@ -636,6 +636,186 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide),
                            labels[:, 1:].flatten().long(), ignore_index=-100)
 
+# %% ../nbs/10_language_model.ipynb #check-sampling
+def _check_sampling(logits: Tensor, temperature: float, top_k: int | None,
+                    top_p: float | None) -> None:
+    """Raise unless logits and the three options are usable."""
+    if not isinstance(logits, Tensor) or logits.dtype not in _DTYPES:
+        raise TypeError("logits must be a float tensor (..., V), got "
+                        f"{getattr(logits, 'dtype', type(logits).__name__)}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError("logits must be (..., V), got shape "
+                         f"{tuple(logits.shape)}")
+    _check_number("temperature", temperature, above=True)
+    if top_k is not None:
+        _check_length("top_k", top_k, least=1)
+    if top_p is not None:
+        _check_number("top_p", top_p, above=True)
+        if top_p > 1:
+            raise ValueError(f"top_p must be at most 1, got {top_p}")
+
+# %% ../nbs/10_language_model.ipynb #process-logits
+def process_logits(logits: Tensor, temperature: float = 1.0,
+                   top_k: int | None = None, top_p: float | None = None
+                   ) -> Tensor:
+    """Scores to sample from: flatter or sharper, without the tail.
+
+    First all are divided by the temperature; then all below the k-th
+    largest go; then the smallest, as long as what goes has a share of at
+    most 1 - top_p. The order is that of Hugging Face.
+
+    Args:
+        logits: (..., V), float64, float32, float16 or bfloat16.
+        temperature: above 0; below 1 is sharper, above 1 is flatter.
+        top_k: keep this many, at least 1, and those that equal the last.
+        top_p: keep the smallest set with at least this share of the
+            probability, in (0, 1]; the largest always stays.
+    Returns:
+        (..., V), float32 at least, -inf where a token must not be taken.
+    Raises:
+        TypeError: logits is no float tensor, or an option no number.
+        ValueError: an option is out of bounds.
+    Source: Holtzman et al. 2020 for top_p; Fan et al. 2018 for top_k.
+    See: chapter 10.
+    """
+    _check_sampling(logits, temperature, top_k, top_p)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(wide) / temperature               # (..., V)
+    if top_k is not None:
+        top_k = min(top_k, logits.shape[-1])
+        least = logits.topk(top_k).values[..., -1:]      # (..., 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None and top_p < 1:
+        rising, order = logits.sort(-1)                  # (..., V)
+        tail = rising.softmax(-1).cumsum(-1) <= 1 - top_p    # (..., V)
+        tail[..., -1] = False
+        logits = logits.masked_fill(tail.scatter(-1, order, tail),
+                                    -torch.inf)
+    return logits                                        # (..., V)
+
+# %% ../nbs/10_language_model.ipynb #check-prompt
+def _check_prompt(input_ids: Tensor, attention_mask: Tensor | None
+                  ) -> Tensor | None:
+    """The mask as booleans, None if there are no pads."""
+    _check_ids("input_ids", input_ids)
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or (
+            attention_mask.shape != input_ids.shape):
+        got = getattr(attention_mask, "shape", attention_mask)
+        raise ValueError("attention_mask must be a tensor of the shape of "
+                         f"input_ids, {tuple(input_ids.shape)}, got {got}")
+    mask = padding_mask(attention_mask)[:, 0, 0]             # (B, T)
+    if not mask[:, -1].all():
+        raise ValueError("attention_mask must end in 1 in every row: pad on "
+                         "the left, the text goes on at the right")
+    return None if mask.all() else mask
+
+
+def _check_stops(eos_token_id: object, pad_token_id: int | None
+                 ) -> tuple[list[int], int]:
+    """The tokens that end a text, and what comes after them."""
+    stops = ([] if eos_token_id is None else [*eos_token_id] if isinstance(
+        eos_token_id, (list, tuple)) else [eos_token_id])
+    for token in stops:
+        _check_length("eos_token_id", token)
+    if pad_token_id is None:
+        return stops, (stops or [0])[0]
+    _check_length("pad_token_id", pad_token_id)
+    return stops, pad_token_id
+
+# %% ../nbs/10_language_model.ipynb #generate
+def generate(model: DecoderLM, input_ids: Tensor,
+             attention_mask: Tensor | None = None, *, max_new_tokens: int,
+             do_sample: bool = False, temperature: float = 1.0,
+             top_k: int | None = None, top_p: float | None = None,
+             eos_token_id: int | list[int] | tuple[int, ...] | None = None,
+             pad_token_id: int | None = None, use_cache: bool = True,
+             seed: int | None = None,
+             on_token: Callable[[Tensor], object] | None = None) -> Tensor:
+    """Write on: take a next token, append it, again.
+
+    Args:
+        model: a DecoderLM; it runs in evaluation mode, and its own mode
+            comes back.
+        input_ids: (B, T), integer: prompts, with pads on the left if they
+            differ in length.
+        attention_mask: (B, T), bool or integer, 1 = real token, 0 = pad.
+        max_new_tokens: tokens to write, at least 0.
+        do_sample: False: the token with the largest score. True: draw one,
+            with the probabilities of ``process_logits``.
+        temperature, top_k, top_p: see ``process_logits``; for do_sample.
+        eos_token_id: a token, or several, that ends a text.
+        pad_token_id: fills a row that has ended while others go on;
+            default the first eos_token_id.
+        use_cache: keep keys and values. False computes everything anew for
+            each token, which gives the same up to rounding.
+        seed: of the draws; the global generator is then left alone. None
+            draws from the global one.
+        on_token: called with the tokens (B,) of each step, as they are
+            written.
+    Returns:
+        (B, T + written), in the dtype of input_ids: the prompts too. It is
+        as long as the longest text.
+    Raises:
+        TypeError: an argument is of a wrong kind.
+        ValueError: a size or probability is out of bounds, the mask does
+            not fit or has pads on the right, an id is none of the
+            vocabulary, or an option of sampling is given without
+            do_sample.
+    Source: the generate of Hugging Face transformers, whose names and
+    order of steps it keeps. See: chapter 10.
+    """
+    mask = _check_prompt(input_ids, attention_mask)
+    _check_values("input_ids", input_ids, 0, model.config.vocab_size - 1)
+    _check_length("max_new_tokens", max_new_tokens)
+    stops, pad = _check_stops(eos_token_id, pad_token_id)
+    options = (temperature, top_k, top_p)
+    _check_flag("do_sample", do_sample)
+    _check_sampling(torch.zeros(1), *options)
+    if not do_sample and options != (1.0, None, None):
+        raise ValueError("temperature, top_k and top_p need do_sample=True, "
+                         f"got {options}")
+    generator = None
+    if seed is not None:
+        _check_length("seed", seed)
+        generator = torch.Generator(input_ids.device).manual_seed(seed)
+    (B, now), past = input_ids.shape, 0
+    most = now + max_new_tokens
+    text = F.pad(input_ids, (0, max_new_tokens), value=pad)  # (B, N)
+    if mask is not None:
+        mask = F.pad(mask, (0, max_new_tokens), value=True)  # (B, N)
+    cache = model.new_cache(B, most) if use_cache else None
+    ended = torch.zeros_like(text[:, 0], dtype=torch.bool)   # (B,)
+    was_training = model.training
+    model.eval()
+    try:
+        while now < most and not (stops and ended.all()):
+            with torch.inference_mode():
+                logits = model(
+                    text[:, past:now], cache=cache, logits_to_keep=1,
+                    attention_mask=None if mask is None else mask[:, :now])
+                token = _pick(logits[:, -1], do_sample, options, generator)
+            token = token.to(text.dtype).masked_fill(ended, pad)     # (B,)
+            text[:, now] = token
+            for stop in stops:
+                ended = ended | (token == stop)
+            past, now = (now if use_cache else 0), now + 1
+            if on_token is not None:
+                on_token(token)
+    finally:
+        model.train(was_training)
+    return text[:, :now].clone()                             # (B, N)
+
+
+def _pick(logits: Tensor, do_sample: bool, options: tuple,
+          generator: torch.Generator | None) -> Tensor:
+    """The next token of each row, from its logits (B, V)."""
+    if not do_sample:
+        return logits.argmax(-1)                             # (B,)
+    shares = process_logits(logits, *options).softmax(-1)    # (B, V)
+    return torch.multinomial(shares, 1, generator=generator)[:, 0]
+
 # %% ../nbs/10_language_model.ipynb #read-json
 def _read_json(path: Path, most: int = 2 ** 24) -> dict:
     """The object in a JSON file of a sane size."""
@@ -825,183 +1005,3 @@ def _save(model: DecoderLM, path: Path) -> None:
     os.replace(path / "new.safetensors", path / "model.safetensors")
     (path / "new.json").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(path / "new.json", path / "config.json")
-
-# %% ../nbs/10_language_model.ipynb #process-logits
-def process_logits(logits: Tensor, temperature: float = 1.0,
-                   top_k: int | None = None, top_p: float | None = None
-                   ) -> Tensor:
-    """Scores to sample from: flatter or sharper, without the tail.
-
-    First all are divided by the temperature; then all below the k-th
-    largest go; then the smallest, as long as what goes has a share of at
-    most 1 - top_p. The order is that of Hugging Face.
-
-    Args:
-        logits: (..., V), float64, float32, float16 or bfloat16.
-        temperature: above 0; below 1 is sharper, above 1 is flatter.
-        top_k: keep this many, at least 1, and those that equal the last.
-        top_p: keep the smallest set with at least this share of the
-            probability, in (0, 1]; the largest always stays.
-    Returns:
-        (..., V), float32 at least, -inf where a token must not be taken.
-    Raises:
-        TypeError: logits is no float tensor, or an option no number.
-        ValueError: an option is out of bounds.
-    Source: Holtzman et al. 2020 for top_p; Fan et al. 2018 for top_k.
-    See: chapter 10.
-    """
-    _check_sampling(logits, temperature, top_k, top_p)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(wide) / temperature               # (..., V)
-    if top_k is not None:
-        top_k = min(top_k, logits.shape[-1])
-        least = logits.topk(top_k).values[..., -1:]      # (..., 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None and top_p < 1:
-        rising, order = logits.sort(-1)                  # (..., V)
-        tail = rising.softmax(-1).cumsum(-1) <= 1 - top_p    # (..., V)
-        tail[..., -1] = False
-        logits = logits.masked_fill(tail.scatter(-1, order, tail),
-                                    -torch.inf)
-    return logits                                        # (..., V)
-
-# %% ../nbs/10_language_model.ipynb #check-sampling
-def _check_sampling(logits: Tensor, temperature: float, top_k: int | None,
-                    top_p: float | None) -> None:
-    """Raise unless logits and the three options are usable."""
-    if not isinstance(logits, Tensor) or logits.dtype not in _DTYPES:
-        raise TypeError("logits must be a float tensor (..., V), got "
-                        f"{getattr(logits, 'dtype', type(logits).__name__)}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError("logits must be (..., V), got shape "
-                         f"{tuple(logits.shape)}")
-    _check_number("temperature", temperature, above=True)
-    if top_k is not None:
-        _check_length("top_k", top_k, least=1)
-    if top_p is not None:
-        _check_number("top_p", top_p, above=True)
-        if top_p > 1:
-            raise ValueError(f"top_p must be at most 1, got {top_p}")
-
-# %% ../nbs/10_language_model.ipynb #check-prompt
-def _check_prompt(input_ids: Tensor, attention_mask: Tensor | None
-                  ) -> Tensor | None:
-    """The mask as booleans, None if there are no pads."""
-    _check_ids("input_ids", input_ids)
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, Tensor) or (
-            attention_mask.shape != input_ids.shape):
-        got = getattr(attention_mask, "shape", attention_mask)
-        raise ValueError("attention_mask must be a tensor of the shape of "
-                         f"input_ids, {tuple(input_ids.shape)}, got {got}")
-    mask = padding_mask(attention_mask)[:, 0, 0]             # (B, T)
-    if not mask[:, -1].all():
-        raise ValueError("attention_mask must end in 1 in every row: pad on "
-                         "the left, the text goes on at the right")
-    return None if mask.all() else mask
-
-
-def _check_stops(eos_token_id: object, pad_token_id: int | None
-                 ) -> tuple[list[int], int]:
-    """The tokens that end a text, and what comes after them."""
-    stops = ([] if eos_token_id is None else [*eos_token_id] if isinstance(
-        eos_token_id, (list, tuple)) else [eos_token_id])
-    for token in stops:
-        _check_length("eos_token_id", token)
-    if pad_token_id is None:
-        return stops, (stops or [0])[0]
-    _check_length("pad_token_id", pad_token_id)
-    return stops, pad_token_id
-
-# %% ../nbs/10_language_model.ipynb #generate
-def generate(model: DecoderLM, input_ids: Tensor,
-             attention_mask: Tensor | None = None, *, max_new_tokens: int,
-             do_sample: bool = False, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float | None = None,
-             eos_token_id: int | list[int] | tuple[int, ...] | None = None,
-             pad_token_id: int | None = None, use_cache: bool = True,
-             seed: int | None = None,
-             on_token: Callable[[Tensor], object] | None = None) -> Tensor:
-    """Write on: take a next token, append it, again.
-
-    Args:
-        model: a DecoderLM; it runs in evaluation mode, and its own mode
-            comes back.
-        input_ids: (B, T), integer: prompts, with pads on the left if they
-            differ in length.
-        attention_mask: (B, T), bool or integer, 1 = real token, 0 = pad.
-        max_new_tokens: tokens to write, at least 0.
-        do_sample: False: the token with the largest score. True: draw one,
-            with the probabilities of ``process_logits``.
-        temperature, top_k, top_p: see ``process_logits``; for do_sample.
-        eos_token_id: a token, or several, that ends a text.
-        pad_token_id: fills a row that has ended while others go on;
-            default the first eos_token_id.
-        use_cache: keep keys and values. False computes everything anew for
-            each token, which gives the same up to rounding.
-        seed: of the draws; the global generator is then left alone. None
-            draws from the global one.
-        on_token: called with the tokens (B,) of each step, as they are
-            written.
-    Returns:
-        (B, T + written), in the dtype of input_ids: the prompts too. It is
-        as long as the longest text.
-    Raises:
-        TypeError: an argument is of a wrong kind.
-        ValueError: a size or probability is out of bounds, the mask does
-            not fit or has pads on the right, an id is none of the
-            vocabulary, or an option of sampling is given without
-            do_sample.
-    Source: the generate of Hugging Face transformers, whose names and
-    order of steps it keeps. See: chapter 10.
-    """
-    mask = _check_prompt(input_ids, attention_mask)
-    _check_values("input_ids", input_ids, 0, model.config.vocab_size - 1)
-    _check_length("max_new_tokens", max_new_tokens)
-    stops, pad = _check_stops(eos_token_id, pad_token_id)
-    options = (temperature, top_k, top_p)
-    _check_flag("do_sample", do_sample)
-    _check_sampling(torch.zeros(1), *options)
-    if not do_sample and options != (1.0, None, None):
-        raise ValueError("temperature, top_k and top_p need do_sample=True, "
-                         f"got {options}")
-    generator = None
-    if seed is not None:
-        _check_length("seed", seed)
-        generator = torch.Generator(input_ids.device).manual_seed(seed)
-    (B, now), past = input_ids.shape, 0
-    most = now + max_new_tokens
-    text = F.pad(input_ids, (0, max_new_tokens), value=pad)  # (B, N)
-    if mask is not None:
-        mask = F.pad(mask, (0, max_new_tokens), value=True)  # (B, N)
-    cache = model.new_cache(B, most) if use_cache else None
-    ended = torch.zeros_like(text[:, 0], dtype=torch.bool)   # (B,)
-    was_training = model.training
-    model.eval()
-    try:
-        while now < most and not (stops and ended.all()):
-            with torch.inference_mode():
-                logits = model(
-                    text[:, past:now], cache=cache, logits_to_keep=1,
-                    attention_mask=None if mask is None else mask[:, :now])
-                token = _pick(logits[:, -1], do_sample, options, generator)
-            token = token.to(text.dtype).masked_fill(ended, pad)     # (B,)
-            text[:, now] = token
-            for stop in stops:
-                ended = ended | (token == stop)
-            past, now = (now if use_cache else 0), now + 1
-            if on_token is not None:
-                on_token(token)
-    finally:
-        model.train(was_training)
-    return text[:, :now].clone()                             # (B, N)
-
-
-def _pick(logits: Tensor, do_sample: bool, options: tuple,
-          generator: torch.Generator | None) -> Tensor:
-    """The next token of each row, from its logits (B, V)."""
-    if not do_sample:
-        return logits.argmax(-1)                             # (B,)
-    shares = process_logits(logits, *options).softmax(-1)    # (B, V)
-    return torch.multinomial(shares, 1, generator=generator)[:, 0]

@@ -81,10 +81,15 @@ def _call(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def _usable(name: str, out: Tensor) -> Tensor:
-    """The result of the function of that name, if it is a float tensor."""
+    """The result of the function of that name, if it is a float tensor.
+
+    Models of Hugging Face return an object whose ``logits`` are meant.
+    """
+    out = getattr(out, "logits", out)
     if not isinstance(out, Tensor):
-        raise TypeError(f"{name} must return a tensor, got "
-                        f"{type(out).__name__}; wrap it in a lambda")
+        raise TypeError(f"{name} must return a tensor, or an object with "
+                        f"logits, got {type(out).__name__}; wrap it in a "
+                        "lambda")
     if not out.is_floating_point() or out.numel() == 0:
         raise TypeError(f"{name} must return a floating-point tensor that is "
                         f"not empty, got {out.dtype} {tuple(out.shape)}")
@@ -204,7 +209,8 @@ def assert_causal(fn: Callable[[Tensor], Tensor], x: Tensor, *,
 
     Args:
         fn: maps (..., T, D) floats or (..., T) integer ids to
-            (..., T, any), deterministically (call ``.eval()`` first).
+            (..., T, any), deterministically (call ``.eval()`` first), or
+            to an object that has them as ``logits``.
         x: float (..., T, D), or integer (..., T); T at least 2.
         num_ids: ids are drawn from 0 .. num_ids - 1, at least 2; default
             one more than the largest id in x.

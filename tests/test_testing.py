@@ -398,7 +398,7 @@ def test_useless_evidence_is_refused():
         assert_causal(lambda ids: F.one_hot(ids).float(), torch.zeros(2, 5).long())
     with pytest.raises(TypeError, match=r"must return a floating-point tensor .* got torch.int64 \(2, 5, 4\)"):
         assert_causal(lambda x: x.long(), x)
-    with pytest.raises(TypeError, match="fn must return a tensor, got tuple; wrap it in a lambda"):
+    with pytest.raises(TypeError, match="fn must return a tensor, or an object with logits, got tuple; wrap it in a lambda"):
         assert_causal(lambda x: (x, x), x)
     for wrong in (lambda x: x.sum(-2), lambda x: x[:, :4], lambda x: x.sum(), lambda x: x.sum((0, -1)),
                   lambda x: torch.cat([x, x], -2)):
@@ -446,7 +446,7 @@ def test_parity_computes_in_float64_and_treats_nan_as_a_value():
     for nothing in (lambda x: x * 1e-9, lambda x: 0 * x):
         with pytest.raises(AssertionError, match="vacuous: theirs is below 1e-6"):
             assert_parity(lambda x: x, nothing, torch.ones(2))
-    with pytest.raises(TypeError, match="fn must return a tensor, got tuple"):
+    with pytest.raises(TypeError, match="fn must return a tensor, or an object with logits, got tuple"):
         assert_parity(lambda x: (x, x), lambda x: x, torch.ones(2))
     with pytest.raises(TypeError, match="that is not empty"):
         assert_parity(lambda x: x[:0], lambda x: x, torch.ones(2))
@@ -870,7 +870,7 @@ def test_equal_infinities_pass_and_hide_nothing():
     (lambda x, s: [x, s], torch.randn(4, 3), TypeError, r"step must return a pair \(out, state\), got list"),
     (lambda x, s: (x, s, s), torch.randn(4, 3), TypeError, r"step must return a pair \(out, state\), got tuple"),
     (lambda x, s: None, torch.randn(4, 3), TypeError, r"step must return a pair \(out, state\), got NoneType"),
-    (lambda x, s: (None, x), torch.randn(4, 3), TypeError, "must return a tensor, got NoneType"),
+    (lambda x, s: (None, x), torch.randn(4, 3), TypeError, "must return a tensor, or an object with logits, got NoneType"),
     (lambda x, s: (x.long(), s), torch.randn(4, 3), TypeError, "floating-point tensor .* got torch.int64"),
     (lambda x, s: (x[:, :0], s), torch.randn(4, 3), TypeError, "not empty, got"),
     (lambda x, s: (x[-1:], s), torch.randn(4, 3), ValueError, r"out must be \(..., 4, any\), got \(1, 3\)"),
@@ -1015,3 +1015,26 @@ def test_one_cache_for_all_layers_is_found(shared):
             assert_cache_equals_full(step, torch.randn(2, 6, 10).double())
     else:
         assert_cache_equals_full(step, torch.randn(2, 6, 10).double())
+
+
+def test_objects_with_logits_are_models_too():
+    torch.manual_seed(0)
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="sdpa")).double().eval()
+    for p in model.parameters():
+        p.data.mul_(8)
+    ids = torch.randint(20, (2, 6))
+
+    def step(ids, state):
+        out = model(ids, past_key_values=state, use_cache=True)
+        return out, out.past_key_values
+
+    assert_causal(model, ids, num_ids=20)
+    assert_cache_equals_full(step, ids)
+    everything = torch.ones(2, 1, 6, 6, dtype=torch.bool)        # the planted leak: a mask of four axes replaces the causal one
+    with pytest.raises(AssertionError, match="it sees its future"):
+        assert_causal(lambda ids: model(ids, attention_mask=everything), ids, num_ids=20)
+    with pytest.raises(AssertionError, match="from one pass"):
+        assert_cache_equals_full(lambda ids, state: (model(ids), None), ids)
