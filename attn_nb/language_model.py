@@ -45,7 +45,7 @@ def _check_per_layer(name: str, given: object, num_layers: int) -> None:
 
 def _check_settings(config: "DecoderConfig") -> None:
     """Raise unless every setting is of its kind and within bounds."""
-    for name in _SIZES:
+    for name in (*_SIZES, *(["head_dim"] if config.head_dim else [])):
         size = getattr(config, name)
         _check_length(name, size, least=1)
         most = 10_000 if name == "num_layers" else 2 ** 31 - 1
@@ -140,12 +140,13 @@ class DecoderConfig:
                 _check_per_layer(name, given, self.num_layers)
                 if all(entry is usual for entry in given):
                     become(name, None)
+        theta, scaling = 10000.0, None       # if no layer turns
         if self.rope_layers is None or any(self.rope_layers):
             _, theta, scaling = _read_scaling(
                 self.rope_scaling, self.head_dim, self.rope_theta)
-            become("rope_theta", theta)
-            become("rope_scaling",
-                   None if scaling == {"rope_type": "default"} else scaling)
+        become("rope_theta", theta)
+        become("rope_scaling",
+               None if scaling == {"rope_type": "default"} else scaling)
 
     @classmethod
     def from_hf(cls, config: dict) -> "DecoderConfig":
@@ -187,16 +188,19 @@ _WINDOW = {"use_sliding_window": False, "sliding_window": 4096,
            "max_window_layers": 28, "layer_types": None}
 _FAMILIES = {    # options of a family, and what a missing one means
     "llama": {"num_key_value_heads": None, "attention_bias": False,
-              "mlp_bias": False},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+              "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096,
+                "bos_token_id": 1, "eos_token_id": 2},
     "qwen2": {"num_key_value_heads": 32, **_WINDOW},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128,
               "attention_bias": False, **_WINDOW},
     "smollm3": {"num_key_value_heads": 4, "attention_bias": False,
                 "mlp_bias": False, "no_rope_layers": None,
                 "no_rope_layer_interval": 4, "rope_theta": 2000000.0,
-                "tie_word_embeddings": True, **_WINDOW,
+                "tie_word_embeddings": True, "bos_token_id": 128000,
+                "eos_token_id": 128001, "pad_token_id": 128004, **_WINDOW,
                 "sliding_window": None}}
+_LENGTHS = {"llama": 2048, "mistral": 131072}    # of others 32768
 _NEEDED = {"vocab_size": "vocab_size", "hidden_size": "d_model",
            "num_hidden_layers": "num_layers",
            "num_attention_heads": "num_heads", "intermediate_size": "d_ff"}
@@ -229,14 +233,16 @@ def _read_family(config: dict) -> dict:
     own = _FAMILIES[family]
     options = {name for other in _FAMILIES.values() for name in other}
     foreign = [*_UNKNOWN, *sorted(options - own.keys() - {
-        "head_dim", "rope_theta", "tie_word_embeddings",
-        "max_window_layers", "no_rope_layer_interval"})]
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        foreign.insert(0, "hidden_act")
-    for name in foreign:
-        value = config.get(name)
-        if value and not (name == "layer_types"
-                          and {*map(str, value)} == {"full_attention"}):
+        "head_dim", "rope_theta", "tie_word_embeddings", "bos_token_id",
+        "eos_token_id", "pad_token_id", "max_window_layers",
+        "no_rope_layer_interval"})]
+    usual = {"hidden_act": ("silu", "swish"), "is_causal": (True,)}
+    for name in (*usual, *foreign):
+        value = config.get(name, usual.get(name, (None,))[0])
+        fine = value in usual[name] if name in usual else not value or (
+            name == "layer_types" and isinstance(value, list)
+            and {*map(str, value)} == {"full_attention"})
+        if not fine:
             raise ValueError(f"{name}={str(value)[:80]} is not supported for "
                              f"model_type {family!r}")
     return {**own, **config}
@@ -281,11 +287,10 @@ def _rope_layers(given: dict, num_layers: int) -> tuple | None:
 def _windows(given: dict, num_layers: int, rope_layers: tuple | None
              ) -> tuple | None:
     """How many keys a query of each layer sees; None for all."""
-    window = given.get("sliding_window")
-    if not given.get("use_sliding_window", True):
+    own = {name: given[name] for name in _FAMILIES[given["model_type"]]}
+    window, kinds = own.get("sliding_window"), own.get("layer_types")
+    if not own.get("use_sliding_window", True):
         window = None
-    kinds = (given["layer_types"] if "layer_types" in
-             _FAMILIES[given["model_type"]] else None)
     if kinds is None and window is None:
         return None
     if kinds is None:
@@ -329,7 +334,7 @@ def _rope_settings(given: dict) -> tuple[float, dict | None]:
                              "supported")
     theta = rules.pop("rope_theta", given.get("rope_theta") or 10000.0)
     old, longest = "original_max_position_embeddings", given.get(
-        "max_position_embeddings")
+        "max_position_embeddings", _LENGTHS.get(given["model_type"], 32768))
     kind = rules.get("rope_type", rules.get("type"))
     if kind in ("llama3", "yarn"):       # the length before scaling
         rules[old] = given.get(old) or rules.get(old) or longest
@@ -399,19 +404,23 @@ def _check_past(cache: list | None, num_layers: int, seq_len: int) -> int:
     """Tokens in the cache; raise unless each layer has room for more."""
     if cache is None:
         return 0
-    if not isinstance(cache, (list, tuple)) or len(cache) != num_layers:
-        got = (f"{len(cache)} of them" if isinstance(cache, (list, tuple))
-               else type(cache).__name__)
+    got = type(cache).__name__
+    if isinstance(cache, (list, tuple)):
+        compiling = torch.compiler.is_compiling()    # it has no id
+        kinds = num_layers if compiling else len({*map(id, cache)})
+        got = f"{len(cache)} of them, {kinds} different"
+    if got != f"{num_layers} of them, {num_layers} different" or not all(
+            hasattr(kept, "length") for kept in cache):
         raise ValueError(f"cache must be a list of {num_layers} caches, one "
                          f"for each layer (see new_cache), got {got}")
-    lengths = {kept.length for kept in cache}
-    room = min(getattr(kept, "max_len", seq_len + kept.length)
-               for kept in cache)
-    if len(lengths) > 1 or room < max(lengths) + seq_len:
-        raise ValueError(f"cache must have room for {seq_len} more tokens in "
-                         f"every layer, got lengths {sorted(lengths)} of "
-                         f"{room}")
-    return lengths.pop()
+    past = cache[0].length
+    for kept in cache:
+        room = getattr(kept, "max_len", past + seq_len)
+        if kept.length != past or room < past + seq_len:
+            raise ValueError(f"cache must have room for {seq_len} more tokens"
+                             f" in every layer after the same {past}, got "
+                             f"{kept.length} of {room}")
+    return past
 
 
 def _check_call(model: nn.Module, input_ids: Tensor,
@@ -533,18 +542,22 @@ class DecoderLM(nn.Module):
         """
         _check_ids("input_ids", input_ids)
         _check_length("logits_to_keep", logits_to_keep)
+        if labels is not None and logits_to_keep:
+            raise ValueError("labels need all logits, got logits_to_keep="
+                             f"{logits_to_keep}")
         (B, T), config = input_ids.shape, self.config
         past = _check_past(cache, config.num_layers, T)
         _check_call(self, input_ids, attention_mask, position_ids, labels,
                     past)
         if position_ids is None:
             position_ids = _positions(attention_mask, past, input_ids)
-        rope = rope_cos_sin(position_ids, config.head_dim,
-                            config.rope_theta, config.rope_scaling)
+        turns = config.rope_layers or [True] * config.num_layers
+        rope = rope_cos_sin(position_ids, config.head_dim, config.rope_theta,
+                            config.rope_scaling) if any(turns) else None
         masks = self._masks(attention_mask, T, past, input_ids.device)
         windows = config.windows or [None] * config.num_layers
-        turns = config.rope_layers or [True] * config.num_layers
-        x, maps = self.model.embed_tokens(input_ids), []     # (B, T, D)
+        x = self.model.embed_tokens(input_ids.long())        # (B, T, D)
+        maps = []
         for i, layer in enumerate(self.model.layers):
             x = layer(x, rope=rope if turns[i] else None,
                       cache=None if cache is None else cache[i],
@@ -712,17 +725,19 @@ def _check_prompt(input_ids: Tensor, attention_mask: Tensor | None
     return None if mask.all() else mask
 
 
-def _check_stops(eos_token_id: object, pad_token_id: int | None
-                 ) -> tuple[list[int], int]:
+def _check_stops(eos_token_id: object, pad_token_id: int | None,
+                 vocab_size: int) -> tuple[list[int], int]:
     """The tokens that end a text, and what comes after them."""
     stops = ([] if eos_token_id is None else [*eos_token_id] if isinstance(
         eos_token_id, (list, tuple)) else [eos_token_id])
-    for token in stops:
-        _check_length("eos_token_id", token)
-    if pad_token_id is None:
-        return stops, (stops or [0])[0]
-    _check_length("pad_token_id", pad_token_id)
-    return stops, pad_token_id
+    pad = (stops or [0])[0] if pad_token_id is None else pad_token_id
+    for name, token in (*(("eos_token_id", token) for token in stops),
+                        ("pad_token_id", pad)):
+        _check_length(name, token)
+        if token >= vocab_size:
+            raise ValueError(f"{name} must be in 0 .. {vocab_size - 1}, "
+                             f"got {token}")
+    return stops, pad
 
 # %% ../nbs/10_language_model.ipynb #generate
 def generate(model: DecoderLM, input_ids: Tensor,
@@ -767,11 +782,19 @@ def generate(model: DecoderLM, input_ids: Tensor,
     order of steps it keeps. See: chapter 10.
     """
     mask = _check_prompt(input_ids, attention_mask)
-    _check_values("input_ids", input_ids, 0, model.config.vocab_size - 1)
+    last = model.config.vocab_size - 1
+    if last > torch.iinfo(input_ids.dtype).max:
+        raise ValueError(f"input_ids must be of a dtype that holds {last}, "
+                         f"got {input_ids.dtype}")
+    _check_values("input_ids", input_ids, 0, last)
     _check_length("max_new_tokens", max_new_tokens)
-    stops, pad = _check_stops(eos_token_id, pad_token_id)
+    stops, pad = _check_stops(eos_token_id, pad_token_id, last + 1)
     options = (temperature, top_k, top_p)
     _check_flag("do_sample", do_sample)
+    _check_flag("use_cache", use_cache)
+    if on_token is not None and not callable(on_token):
+        raise TypeError("on_token must be callable, got "
+                        f"{type(on_token).__name__}")
     _check_sampling(torch.zeros(1), *options)
     if not do_sample and options != (1.0, None, None):
         raise ValueError("temperature, top_k and top_p need do_sample=True, "
@@ -779,6 +802,8 @@ def generate(model: DecoderLM, input_ids: Tensor,
     generator = None
     if seed is not None:
         _check_length("seed", seed)
+        if seed >= 2 ** 64:
+            raise ValueError(f"seed must be below 2**64, got {seed}")
         generator = torch.Generator(input_ids.device).manual_seed(seed)
     (B, now), past = input_ids.shape, 0
     most = now + max_new_tokens
@@ -787,7 +812,7 @@ def generate(model: DecoderLM, input_ids: Tensor,
         mask = F.pad(mask, (0, max_new_tokens), value=True)  # (B, N)
     cache = model.new_cache(B, most) if use_cache else None
     ended = torch.zeros_like(text[:, 0], dtype=torch.bool)   # (B,)
-    was_training = model.training
+    modes = {part: part.training for part in model.modules()}
     model.eval()
     try:
         while now < most and not (stops and ended.all()):
@@ -804,8 +829,9 @@ def generate(model: DecoderLM, input_ids: Tensor,
             if on_token is not None:
                 on_token(token)
     finally:
-        model.train(was_training)
-    return text[:, :now].clone()                             # (B, N)
+        for part, training in modes.items():
+            part.training = training
+    return text[:, :now].clone()                             # (B, Now)
 
 
 def _pick(logits: Tensor, do_sample: bool, options: tuple,
@@ -872,9 +898,9 @@ def _read_headers(path: Path, files: dict[str, str] | None
     found: dict[str, tuple[str, tuple, str]] = {}
     wanted = set(files.values()) if files else {"model.safetensors"}
     for file in sorted(wanted):
-        if not (path / file).is_file():
-            raise ValueError(f"{file} is missing, or no file")
-        with _open(path / file, "cpu") as tensors:
+        if not os.path.isfile(path / file):
+            raise ValueError(f"{file[:80]!r} is missing, or no file")
+        with _open(path / file) as tensors:
             for name in tensors.keys():
                 part = tensors.get_slice(name)
                 if name in found:
@@ -885,13 +911,13 @@ def _read_headers(path: Path, files: dict[str, str] | None
         _check_names(files, found, "files")
         for name, file in files.items():
             if found[name][0] != file:
-                raise ValueError(f"tensor {name!r} must be in {file}, got "
-                                 f"{found[name][0]}")
+                raise ValueError(f"tensor {name[:80]!r} must be in {file}, "
+                                 f"got {found[name][0]}")
     return found
 
 # %% ../nbs/10_language_model.ipynb #open
 @contextmanager
-def _open(path: Path, device: torch.device | str) -> Iterator:
+def _open(path: Path) -> Iterator:
     """A safetensors file; what is wrong with it becomes a ValueError."""
     try:
         from safetensors import SafetensorError, safe_open
@@ -904,7 +930,7 @@ def _open(path: Path, device: torch.device | str) -> Iterator:
         if size > 2 ** 24:
             raise ValueError(f"{path.name} must have a header of at most "
                              f"{2 ** 24} bytes, got {size}")
-        with safe_open(path, "pt", str(device)) as tensors:
+        with safe_open(path, "pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} is damaged: "
@@ -921,15 +947,19 @@ def _check_names(wanted: Iterable[str], found: Iterable[str],
     for what, names in (("missing from", set(wanted) - set(found)),
                         ("too many in", set(found) - set(wanted))):
         if names:
-            some = ", ".join(name[:80] for name in sorted(names)[:3])
+            some = ", ".join(ascii(name[:80])[1:-1]
+                             for name in sorted(names)[:3])
             raise ValueError(f"tensors {what} the {where}: {some}"
                              f"{' ...' * (len(names) > 3)} ({len(names)})")
 
 
 def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a model; no memory for its numbers."""
-    with torch.device("meta"):
-        layer = DecoderLayer(config).state_dict()
+    try:
+        with torch.device("meta"):
+            layer = DecoderLayer(config).state_dict()
+    except RuntimeError as error:
+        raise ValueError(f"sizes must fit in memory: {error}") from None
     table = (config.vocab_size, config.d_model)
     return {"model.embed_tokens.weight": table,
             **{f"model.layers.{i}.{name}": tuple(x.shape)
@@ -966,6 +996,11 @@ def _load(cls: type[DecoderLM], path: Path, dtype: torch.dtype | None,
     if dtype is not None and dtype not in _DTYPES:
         raise TypeError("dtype must be one of "
                         f"{', '.join(map(str, _DTYPES))}, got {dtype!r}")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError("device must be a device of PyTorch, got "
+                         f"{str(error)[-80:]}") from None
     config = _read_config(path)
     found = _read_headers(path, _shard_names(path))
     widest = _check_tensors(config, found)
@@ -974,9 +1009,10 @@ def _load(cls: type[DecoderLM], path: Path, dtype: torch.dtype | None,
         model = cls(config)
     state, names = {}, model.state_dict().keys()
     for file in sorted({file for file, _, _ in found.values()}):
-        with _open(path / file, device) as tensors:
+        with _open(path / file) as tensors:
             for name in names & set(tensors.keys()):
-                state[name] = tensors.get_tensor(name).to(dtype, copy=True)
+                state[name] = tensors.get_tensor(name).to(
+                    device, dtype, copy=True)
     if config.tie_embeddings:
         table = state["model.embed_tokens.weight"]
         if not torch.equal(state.get("lm_head.weight", table), table):
@@ -997,6 +1033,10 @@ def _save(model: DecoderLM, path: Path) -> None:
         raise ImportError("checkpoints need safetensors: "
                           "pip install 'attn_nb[hf]'") from None
     config, table = model.config.to_hf(), model.model.embed_tokens.weight
+    if model.config.tie_embeddings and not torch.equal(
+            model.lm_head.weight, table):
+        raise ValueError("lm_head.weight must equal the table of tokens, "
+                         "since tie_embeddings is true")
     config["dtype"] = str(table.dtype).removeprefix("torch.")
     state = {name: x.contiguous() for name, x in model.state_dict().items()
              if not (model.config.tie_embeddings and name[0] == "l")}
