@@ -627,6 +627,102 @@ BUGS += [
 ]
 
 
+def model(name, old, new):
+    return Bug(name, "language_model", old, new)
+
+
+BUGS += [
+    model("decoder: windows one token too wide", "offset=past - window, device", "offset=past - window - 1, device"),
+    model("decoder: windows from the corner, not from the position", "offset=past - window, device", "offset=-window, device"),
+    model("decoder: pads count as positions", "attention_mask.long().cumsum(-1) - 1",
+          "torch.ones_like(attention_mask).long().cumsum(-1) - 1"),
+    model("decoder: positions start anew with a cache", "torch.arange(past, past + input_ids.shape[1],",
+          "torch.arange(0, input_ids.shape[1],"),
+    model("decoder: places of pads are taken from the new tokens", "return places[:, past:].clamp(min=0)",
+          "return (attention_mask[:, past:].long().cumsum(-1) - 1).clamp(min=0)"),
+    model("decoder: rotary positions in every layer", "rope=rope if turns[i] else None", "rope=rope"),
+    model("decoder: rope_scaling of the config ignored", "config.rope_scaling) if any(turns)", "None) if any(turns)"),
+    model("decoder: last norm left out", "x = self.model.norm(x[:, -logits_to_keep:])", "x = x[:, -logits_to_keep:]"),
+    model("decoder: scores for the first places, not the last", "x[:, -logits_to_keep:]", "x[:, :logits_to_keep or None]"),
+    model("decoder: one cache for all layers", "None if cache is None else cache[i]", "None if cache is None else cache[0]"),
+    model("decoder: one cache for all layers accepted", "len({*map(id, cache)})", "num_layers"),
+    model("decoder: cache of another dtype than the weights", "dtype=like.dtype,", "dtype=None,"),
+    model("decoder: windows of the config ignored", "attn_mask=masks[windows[i]]", "attn_mask=masks[None]"),
+    model("decoder: the first layer's window everywhere", "attn_mask=masks[windows[i]]", "attn_mask=masks[windows[0]]"),
+    model("decoder: pads forgotten where there is a window", "near if real is None else real & near)", "near)"),
+    model("decoder: embeddings not tied", "        if config.tie_embeddings:\n            self.lm_head.weight = "
+          "self.model.embed_tokens.weight", "        pass"),
+    model("decoder: start with a standard deviation of 1", "nn.init.normal_(p, std=0.02)", "nn.init.normal_(p)"),
+    model("decoder: logits_to_keep with labels accepted", "if labels is not None and logits_to_keep:", "if False:"),
+    model("loss: labels not moved", "_loss(logits, labels), logits]", "_loss(torch.cat([logits, logits[:, :1]], 1), torch.cat("
+          "[labels[:, :1], labels], 1)), logits]"),
+    model("loss: a sum, not a mean", "ignore_index=-100)", "ignore_index=-100, reduction='sum')"),
+    model("loss: pads count", "labels[:, 1:].flatten().long(), ignore_index=-100)",
+          "labels[:, 1:].flatten().long().clamp(min=0), ignore_index=-100)"),
+    model("loss: in half precision", "    wide = torch.promote_types(logits.dtype, torch.float32)\n    return F.cross",
+          "    wide = logits.dtype\n    return F.cross"),
+    model("config: eps of the file ignored", '_NAMES = {"rms_norm_eps": "norm_eps", ', "_NAMES = {"),
+    model("config: head_dim of the file ignored", '"pad_token_id", "head_dim")\n_NAMES', '"pad_token_id")\n_NAMES'),
+    model("config: rope_theta of rope_parameters ignored",
+          'theta = rules.pop("rope_theta", given.get("rope_theta") or 10000.0)',
+          'theta = [given.get("rope_theta") or 10000.0, rules.pop("rope_theta", 0)][0]'),
+    model("config: rope_theta beside rope_parameters ignored",
+          'rules.pop("rope_theta", given.get("rope_theta") or 10000.0)', 'rules.pop("rope_theta", 10000.0)'),
+    model("config: older rope_scaling ignored", 'given.get("rope_scaling") or given.get("rope_parameters") or {}',
+          'given.get("rope_parameters") or {}'),
+    model("config: original length beside the rule ignored", "rules[old] = given.get(old) or rules.get(old) or longest",
+          "rules[old] = rules.get(old) or longest"),
+    model("config: windows in the first layers, not the last", "slides = [i >= first if", "slides = [i < first if"),
+    model("config: SmolLM3's windows in the layers that turn", "else not rope_layers[i]", "else rope_layers[i]"),
+    model("config: use_sliding_window ignored", 'if not own.get("use_sliding_window", True):', "if False:"),
+    model("config: use_sliding_window of other families heeded", 'if not own.get("use_sliding_window", True):',
+          'if not given.get("use_sliding_window", True):'),
+    model("config: no_rope_layers read upside down", "return tuple(map(bool, turns[:num_layers]))",
+          "return tuple(not turn for turn in turns[:num_layers])"),
+    model("config: every fourth layer counted from 0", "(i + 1) % every != 0", "i % every != 0"),
+    model("config: Qwen2 without biases", '"qkv_bias": family == "qwen2" or bias', '"qkv_bias": bias'),
+    model("config: unsupported options ignored", "        if not fine:\n", "        if False:\n"),
+    model("config: attention in both directions accepted", '"is_causal": (True,)}', '"is_causal": (True, False)}'),
+    model("config: as many KV heads as query heads if not given", '"mistral": {"num_key_value_heads": 8',
+          '"mistral": {"num_key_value_heads": None'),
+    model("load: shapes not checked", "if shape != shapes[name]:", "if False:"),
+    model("load: index may name other directories", "if not isinstance(name, str) or not name.endswith(\n"
+          "                \".safetensors\") or set(name) & set('/\\\\:\\0'):", "if not isinstance(name, str):"),
+    model("load: extra tensors ignored", '("too many in", set(found) - set(wanted))', '("too many in", set())'),
+    model("load: missing tensors ignored", '("missing from", set(wanted) - set(found))', '("missing from", set())'),
+    model("load: numbers stay in the file", "device, dtype, copy=True)", "device, dtype)"),
+    model("load: tie lost", "    if config.tie_embeddings:\n        model.lm_head.weight = model.model", "    if False:\n"
+          "        model.lm_head.weight = model.model"),
+    model("load: a second table ignored", 'state.get("lm_head.weight", table), table)', "table, table)"),
+    model("load: large headers are read", "if size > 2 ** 24:", "if False:"),
+    model("load: the narrowest dtype of the file", "torch.promote_types(\n            widest, dtype)", "min(\n"
+          "            widest, dtype, key=lambda kind: kind.itemsize)"),
+    model("load: training mode", "return model.eval()", "return model"),
+    model("save: tied table written twice", "             if not (model.config.tie_embeddings and name[0] == \"l\")}",
+          "             if True}\n    state = {name: x.clone() for name, x in state.items()}"),
+    model("save: a lost tie is written", "if model.config.tie_embeddings and not torch.equal(", "if False and not torch.equal("),
+    model("sampling: temperature multiplies", "logits.to(wide) / temperature", "logits.to(wide) * temperature"),
+    model("sampling: in half precision", "logits = logits.to(wide) / temperature", "logits = logits / temperature"),
+    model("sampling: those that equal the last of top_k dropped", "logits < least", "logits <= least"),
+    model("sampling: top_p keeps one too many", ".cumsum(-1) <= 1 - top_p", ".cumsum(-1) < 1 - top_p"),
+    model("sampling: order of top_p not undone", "tail.scatter(-1, order, tail)", "tail"),
+    model("sampling: top_p may drop all", "tail[..., -1] = False", "tail = tail.clone()"),
+    model("generate: the first end ends all rows", "not (stops and ended.all())", "not (stops and ended.any())"),
+    model("generate: rows that have ended go on", ".masked_fill(ended, pad)", ""),
+    model("generate: only the first of several ends counts", "for stop in stops:", "for stop in stops[:1]:"),
+    model("generate: new tokens count as pads", "F.pad(mask, (0, max_new_tokens), value=True)", "F.pad(mask, (0, max_new_tokens))"),
+    model("generate: the mask is not handed on", "attention_mask=None if mask is None else mask[:, :now])", "attention_mask=None)"),
+    model("generate: draws from the global generator", "torch.multinomial(shares, 1, generator=generator)",
+          "torch.multinomial(shares, 1)"),
+    model("generate: draws without the options", "process_logits(logits, *options).softmax(-1)", "logits.softmax(-1)"),
+    model("generate: dropout while it writes", "    model.eval()\n    try:", "    try:"),
+    model("generate: modes do not come back", "            part.training = training\n    return text", "            pass\n    return text"),
+    model("generate: pads on the right accepted", "if not mask[:, -1].all():", "if False:"),
+    model("generate: writes into the prompt", "F.pad(input_ids, (0, max_new_tokens), value=pad)",
+          "F.pad(input_ids, (0, max_new_tokens), value=pad) if max_new_tokens else input_ids.fill_(pad)"),
+]
+
+
 def killed_by_tests(bug):
     """The first test that fails with the bug planted, or None. In a forked process: torch is loaded, the package is not."""
     import pytest
