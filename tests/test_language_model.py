@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 import resource
 import struct
 import sys
@@ -769,7 +770,8 @@ def test_life_of_a_model():
     want = model(ids)
     other = small(windows=(3, None, 2), dropout=0.2)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(other(ids), want) and torch.equal(copy.deepcopy(model)(ids), want)
+    for same in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(same(ids), want) and same.config == model.config
     before, inputs = set(vars(model)), ids.clone()
     model(ids, return_weights=True, labels=ids)
     assert set(vars(model)) == before and torch.equal(ids, inputs)
@@ -1239,6 +1241,17 @@ def test_a_model_does_not_lean_on_its_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_saved_over_a_checkpoint_in_pieces(tmp_path):
+    """One file comes first, here and in transformers; the old pieces are not looked at."""
+    saved(tmp_path, max_shard_size="20KB")
+    model = small(num_layers=2)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert torch.equal(DecoderLM.from_pretrained(tmp_path)(some_ids()), model(some_ids()))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight) and theirs.config.num_hidden_layers == 2
+
+
 def test_links_as_in_the_cache_of_the_hub(tmp_path):
     saved(tmp_path / "blobs", max_shard_size="20KB")
     (tmp_path / "snapshot").mkdir()
@@ -1340,11 +1353,11 @@ def test_tensors_that_do_not_fit(folder):
     {"num_hidden_layers": 10 ** 9}, {"num_hidden_layers": 10_000}, {"num_hidden_layers": 10 ** 4000}, {"vocab_size": 2 ** 31 - 1},
     {"hidden_size": 2 ** 31 - 1}, {"hidden_size": 2 ** 31 - 2, "intermediate_size": 2 ** 31 - 1}, {"head_dim": 10 ** 40},
     {"head_dim": 2 ** 31 - 2, "num_attention_heads": 2 ** 30, "num_key_value_heads": 2 ** 30}, {"head_dim": 2 ** 40},
-    {"num_attention_heads": 2 ** 31 - 1}, {"max_position_embeddings": 10 ** 30, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    {"num_attention_heads": 2 ** 31 - 1}, {"eos_token_id": [2] * 10 ** 5},
+    {"max_position_embeddings": 10 ** 30, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
     {"model_type": "smollm3", "no_rope_layers": [1] * 10 ** 5, "num_hidden_layers": 10 ** 9},
-    {"eos_token_id": [2] * 10 ** 5},
     {"model_type": "smollm3", "no_rope_layer_interval": 10 ** 30, "num_hidden_layers": 10 ** 18},
-    {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"] * 10 ** 4, "num_hidden_layers": 10 ** 5},
+    {"model_type": "qwen2", "use_sliding_window": True, "layer_types": MIXED * 2500, "num_hidden_layers": 10 ** 5},
 ])
 def test_hostile_sizes(folder, changes):
     rewrite(folder, **changes)
