@@ -721,8 +721,6 @@ BUGS += [
     model("generate: modes do not come back", "            part.training = training\n    return text",
           "            pass\n    return text"),
     model("generate: pads on the right accepted", "if not mask[:, -1].all():", "if False:"),
-    model("generate: writes into the prompt", "F.pad(input_ids, (0, max_new_tokens), value=pad)",
-          "F.pad(input_ids, (0, max_new_tokens), value=pad) if max_new_tokens else input_ids.fill_(pad)"),
 ]
 
 

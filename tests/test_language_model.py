@@ -1039,7 +1039,7 @@ def test_what_a_row_writes_after_its_end_changes_nothing():
 def test_nothing_to_write():
     model, ids, said = small(), some_ids(), []
     out = generate(model, ids, max_new_tokens=0, on_token=said.append)
-    assert torch.equal(out, ids) and out.data_ptr() != ids.data_ptr() and not said
+    assert torch.equal(out, some_ids()) and torch.equal(ids, out) and out.data_ptr() != ids.data_ptr() and not said
 
 
 def test_seeds():
@@ -1297,11 +1297,11 @@ def small_again(state):
 
 
 def refuse(path, words, error=ValueError, seconds=1.0):
-    """One clear error, quickly, with little memory."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    """One clear error, with little time (of the processor) and memory."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(error, match=words) as caught:
         DecoderLM.from_pretrained(path)
-    assert time.perf_counter() - start < seconds and len(str(caught.value)) < 1000
+    assert time.process_time() - start < seconds and len(str(caught.value)) < 1000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000     # KiB
     str(caught.value).encode()               # can be printed
 
@@ -1546,7 +1546,7 @@ def test_mutated_bytes_give_a_model_or_one_clear_error(data, name, tmp_path_fact
         else:
             del bad[i:]
     (folder / name).write_bytes(bad)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         model = DecoderLM.from_pretrained(folder)
     except ValueError as error:
@@ -1555,4 +1555,4 @@ def test_mutated_bytes_give_a_model_or_one_clear_error(data, name, tmp_path_fact
         assert model.config.num_layers == 4
     finally:
         (folder / name).write_bytes(good)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
