@@ -859,7 +859,7 @@ def test_writes_with_few_programs(windows):
             ids, cache = some_ids(2, 12), model.new_cache(2, 12)
             parts = [compiled(part, cache=cache) for part in ids.split([prompt] + [1] * (12 - prompt), 1)]
             assert_close(torch.cat(parts, 1), model(ids))
-    assert len(programs) <= 4
+    assert len(programs) <= (6 if windows else 2)    # while all is within a window it needs no mask: a program of its own
 
 
 @pytest.mark.slow
