@@ -661,6 +661,9 @@ BUGS += [
           "labels[:, 1:].flatten().long().clamp(min=0), ignore_index=-100)"),
     model("loss: in half precision", "    wide = torch.promote_types(logits.dtype, torch.float32)\n    return F.cross",
           "    wide = logits.dtype\n    return F.cross"),
+    # the first in the notebook: DecoderConfig looks up functions of later cells
+    model("config: windows in some layers are windows in none", "if all(entry is usual for entry in given):",
+          "if any(entry is usual for entry in given):"),
     model("config: eps of the file ignored", '_NAMES = {"rms_norm_eps": "norm_eps", ', "_NAMES = {"),
     model("config: head_dim of the file ignored", '"pad_token_id", "head_dim")\n_NAMES', '"pad_token_id")\n_NAMES'),
     model("config: rope_theta of rope_parameters ignored",
