@@ -567,7 +567,7 @@ class DecoderLM(nn.Module):
                 x, weights = x
                 maps.append(weights)
         x = self.model.norm(x[:, -logits_to_keep:])          # (B, Kept, D)
-        logits = self.lm_head(x)                             # (B, Kept, V)
+        logits = self.lm_head(x)                             # (B, Kept, Vocab)
         out = [logits] if labels is None else [_loss(logits, labels), logits]
         out += [maps] * return_weights
         return tuple(out) if len(out) > 1 else logits
@@ -654,10 +654,10 @@ def _check_sampling(logits: Tensor, temperature: float, top_k: int | None,
                     top_p: float | None) -> None:
     """Raise unless logits and the three options are usable."""
     if not isinstance(logits, Tensor) or logits.dtype not in _DTYPES:
-        raise TypeError("logits must be a float tensor (..., V), got "
+        raise TypeError("logits must be a float tensor (..., Vocab), got "
                         f"{getattr(logits, 'dtype', type(logits).__name__)}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError("logits must be (..., V), got shape "
+        raise ValueError("logits must be (..., Vocab), got shape "
                          f"{tuple(logits.shape)}")
     _check_number("temperature", temperature, above=True)
     if top_k is not None:
@@ -678,13 +678,13 @@ def process_logits(logits: Tensor, temperature: float = 1.0,
     most 1 - top_p. The order is that of Hugging Face.
 
     Args:
-        logits: (..., V), float64, float32, float16 or bfloat16.
+        logits: (..., Vocab), float64, float32, float16 or bfloat16.
         temperature: above 0; below 1 is sharper, above 1 is flatter.
         top_k: keep this many, at least 1, and those that equal the last.
         top_p: keep the smallest set with at least this share of the
             probability, in (0, 1]; the largest always stays.
     Returns:
-        (..., V), float32 at least, -inf where a token must not be taken.
+        (..., Vocab), float32 at least, -inf where a token must not be taken.
     Raises:
         TypeError: logits is no float tensor, or an option no number.
         ValueError: an option is out of bounds.
@@ -693,18 +693,18 @@ def process_logits(logits: Tensor, temperature: float = 1.0,
     """
     _check_sampling(logits, temperature, top_k, top_p)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(wide) / temperature               # (..., V)
+    logits = logits.to(wide) / temperature               # (..., Vocab)
     if top_k is not None:
         top_k = min(top_k, logits.shape[-1])
         least = logits.topk(top_k).values[..., -1:]      # (..., 1)
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p is not None and top_p < 1:
-        rising, order = logits.sort(-1)                  # (..., V)
-        tail = rising.softmax(-1).cumsum(-1) <= 1 - top_p    # (..., V)
+        rising, order = logits.sort(-1)                  # (..., Vocab)
+        tail = rising.softmax(-1).cumsum(-1) <= 1 - top_p    # (..., Vocab)
         tail[..., -1] = False
         logits = logits.masked_fill(tail.scatter(-1, order, tail),
                                     -torch.inf)
-    return logits                                        # (..., V)
+    return logits                                        # (..., Vocab)
 
 # %% ../nbs/10_language_model.ipynb #check-prompt
 def _check_prompt(input_ids: Tensor, attention_mask: Tensor | None
@@ -738,6 +738,40 @@ def _check_stops(eos_token_id: object, pad_token_id: int | None,
             raise ValueError(f"{name} must be in 0 .. {vocab_size - 1}, "
                              f"got {token}")
     return stops, pad
+
+# %% ../nbs/10_language_model.ipynb #check-writing
+def _check_writing(model: DecoderLM, input_ids: Tensor, max_new_tokens: int,
+                   do_sample: bool, options: tuple, eos_token_id: object,
+                   pad_token_id: int | None, use_cache: bool,
+                   on_token: object) -> tuple[list[int], int]:
+    """The tokens that end a text and the pad; raise unless all fits."""
+    last = model.config.vocab_size - 1
+    if last > torch.iinfo(input_ids.dtype).max:
+        raise ValueError(f"input_ids must be of a dtype that holds {last}, "
+                         f"got {input_ids.dtype}")
+    _check_values("input_ids", input_ids, 0, last)
+    _check_length("max_new_tokens", max_new_tokens)
+    _check_flag("do_sample", do_sample)
+    _check_flag("use_cache", use_cache)
+    if on_token is not None and not callable(on_token):
+        raise TypeError("on_token must be callable, got "
+                        f"{type(on_token).__name__}")
+    _check_sampling(torch.zeros(1), *options)
+    if not do_sample and options != (1.0, None, None):
+        raise ValueError("temperature, top_k and top_p need do_sample=True, "
+                         f"got {options}")
+    return _check_stops(eos_token_id, pad_token_id, last + 1)
+
+
+def _generator(seed: int | None, device: torch.device
+               ) -> torch.Generator | None:
+    """Where draws come from; None for the global generator."""
+    if seed is None:
+        return None
+    _check_length("seed", seed)
+    if seed >= 2 ** 64:
+        raise ValueError(f"seed must be below 2**64, got {seed}")
+    return torch.Generator(device).manual_seed(seed)
 
 # %% ../nbs/10_language_model.ipynb #generate
 def generate(model: DecoderLM, input_ids: Tensor,
@@ -782,29 +816,11 @@ def generate(model: DecoderLM, input_ids: Tensor,
     order of steps it keeps. See: chapter 10.
     """
     mask = _check_prompt(input_ids, attention_mask)
-    last = model.config.vocab_size - 1
-    if last > torch.iinfo(input_ids.dtype).max:
-        raise ValueError(f"input_ids must be of a dtype that holds {last}, "
-                         f"got {input_ids.dtype}")
-    _check_values("input_ids", input_ids, 0, last)
-    _check_length("max_new_tokens", max_new_tokens)
-    stops, pad = _check_stops(eos_token_id, pad_token_id, last + 1)
     options = (temperature, top_k, top_p)
-    _check_flag("do_sample", do_sample)
-    _check_flag("use_cache", use_cache)
-    if on_token is not None and not callable(on_token):
-        raise TypeError("on_token must be callable, got "
-                        f"{type(on_token).__name__}")
-    _check_sampling(torch.zeros(1), *options)
-    if not do_sample and options != (1.0, None, None):
-        raise ValueError("temperature, top_k and top_p need do_sample=True, "
-                         f"got {options}")
-    generator = None
-    if seed is not None:
-        _check_length("seed", seed)
-        if seed >= 2 ** 64:
-            raise ValueError(f"seed must be below 2**64, got {seed}")
-        generator = torch.Generator(input_ids.device).manual_seed(seed)
+    stops, pad = _check_writing(
+        model, input_ids, max_new_tokens, do_sample, options, eos_token_id,
+        pad_token_id, use_cache, on_token)
+    generator = _generator(seed, input_ids.device)
     (B, now), past = input_ids.shape, 0
     most = now + max_new_tokens
     text = F.pad(input_ids, (0, max_new_tokens), value=pad)  # (B, N)
@@ -836,10 +852,10 @@ def generate(model: DecoderLM, input_ids: Tensor,
 
 def _pick(logits: Tensor, do_sample: bool, options: tuple,
           generator: torch.Generator | None) -> Tensor:
-    """The next token of each row, from its logits (B, V)."""
+    """The next token of each row, from its logits (B, Vocab)."""
     if not do_sample:
         return logits.argmax(-1)                             # (B,)
-    shares = process_logits(logits, *options).softmax(-1)    # (B, V)
+    shares = process_logits(logits, *options).softmax(-1)    # (B, Vocab)
     return torch.multinomial(shares, 1, generator=generator)[:, 0]
 
 # %% ../nbs/10_language_model.ipynb #read-json

@@ -98,7 +98,7 @@ def test_cells(path):
 
 @each
 def test_names_of_the_house(path):
-    never = r'\b(bsz|num_tokens|n_embd|start_pos|p_attn|d_k_)\b|(?<!")\bhidden_size\b'     # "hidden_size" is a key of others' files
+    never = r'\b(bsz|num_tokens|n_embd|start_pos|p_attn|d_k_)\b|(?<!")\bhidden_size\b'   # "hidden_size" is others' key
     for cell in cells(path):
         if exported(cell):
             assert not re.search(never, cell.source), f"{cell.id}: see the glossary for our name"
@@ -236,7 +236,7 @@ def test_public_names_are_documented_typed_shown_and_checked(module, name):
         for parameter in wanted - {"return"}:
             assert re.search(rf"\b{parameter}\b", documented), f"{name}: {parameter} is not documented"
         if any("Tensor" in str(h) for h in hints.values()):
-            assert re.search(r"\([^)]*\b(T|Tq|Tk|N|D)\b[^)]*\)|tensors", documented), f"{name}: no shapes"
+            assert re.search(r"\([^)]*\b(T|Tq|Tk|N|D|Vocab)\b[^)]*\)|tensors", documented), f"{name}: no shapes"
 
 
 def test_package_exports_every_public_name():
