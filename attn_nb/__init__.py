@@ -4,6 +4,14 @@ __version__ = "0.1.0"
 from .causal import CausalSelfAttention, bias_to_mask, causal_mask, mask_from_mha, mask_to_bias, padding_mask
 from .decoder_layer import DecoderLayer, RMSNorm, SwiGLU, rms_norm
 from .dropout import CausalAttention
+from .encoder_decoder import (
+    CrossDecoderLayer,
+    EncoderLayer,
+    FeedForward,
+    Seq2SeqTransformer,
+    Transformer,
+    translate,
+)
 from .grouped_query import GroupedQueryAttention, grouped_attention, kv_cache_bytes, repeat_kv
 from .kv_cache import KVCache
 from .multi_head import MultiHeadAttention, merge_heads, split_heads
@@ -24,12 +32,13 @@ from .testing import (
 )
 
 __all__ = [
-    "CausalAttention", "CausalSelfAttention", "DecoderLayer", "GroupedQueryAttention", "KVCache",
-    "MultiHeadAttention", "MultiHeadAttentionWrapper", "RMSNorm", "SelfAttention", "SwiGLU", "apply_rotary",
+    "CausalAttention", "CausalSelfAttention", "CrossDecoderLayer", "DecoderLayer", "EncoderLayer",
+    "FeedForward", "GroupedQueryAttention", "KVCache", "MultiHeadAttention", "MultiHeadAttentionWrapper",
+    "RMSNorm", "SelfAttention", "Seq2SeqTransformer", "SwiGLU", "Transformer", "apply_rotary",
     "assert_as_precise", "assert_cache_equals_full", "assert_causal", "assert_eval_deterministic",
     "assert_parity", "assert_permutation_equivariant", "assert_rows_sum_to_one", "attention", "bias_to_mask",
     "cache_steps", "catches", "causal_mask", "convert_rotary_layout", "grouped_attention", "kv_cache_bytes",
     "kv_calculator", "mask_from_mha", "mask_grid", "mask_to_bias", "merge_heads", "padding_mask",
     "plot_attention", "repeat_kv", "rms_norm", "rope_cos_sin", "rotary_dial", "sinusoidal_positions",
-    "slider_bars", "split_heads", "tolerance", "use_book_style",
+    "slider_bars", "split_heads", "tolerance", "translate", "use_book_style",
 ]
