@@ -22,7 +22,8 @@ from .kv_cache import KVCache
 from .multi_head import (MultiHeadAttention, _state_for_torch,
                                 _state_from_torch, merge_heads, split_heads)
 from .positions import sinusoidal_positions
-from .single_head import _check_probability, _check_tokens
+from .single_head import (_check_mask, _check_probability,
+                                 _check_tokens)
 
 # %% ../nbs/11_encoder_decoder.ipynb #cross-attention
 class _CrossAttention(MultiHeadAttention):
@@ -41,10 +42,6 @@ class _CrossAttention(MultiHeadAttention):
              ) -> tuple[Tensor, Tensor | None]:
         """What the tokens of x (..., Tq, D) find, and where."""
         q = split_heads(self.q_proj(x), self.num_heads)  # (..., H, Tq, Dh)
-        if q.shape[:-2] != keys.shape[:-2]:
-            raise ValueError("memory must have the leading sizes of x, "
-                             f"{tuple(x.shape[:-2])}, got "
-                             f"{tuple(keys.shape[:-3])}")
         q, k, v = (t[None].flatten(0, -4) for t in (q, keys, values))
         context, weights = _attend(
             q, k, v, attn_mask, is_causal=False,
@@ -328,10 +325,11 @@ class CrossDecoderLayer(_Branches):
         Raises:
             TypeError: x or memory does not fit the weights' dtype and
                 device, or an option is of a wrong kind.
-            ValueError: a shape does not fit. The cache may then hold x.
+            ValueError: a shape does not fit. The cache is then as it was.
         """
         _check_tokens(x, self.self_attn.q_proj, width="d_model")
         keys, values = _projected(self, memory)
+        _check_memory(self, x, keys, values, memory_mask)
         out = self.self_attn(
             self._read(x, self.self_attn_norm), cache=cache,
             attn_mask=attn_mask, return_weights=return_weights)
@@ -385,6 +383,23 @@ def _projected(layer: CrossDecoderLayer, memory: _Memory
         raise TypeError("memory must be a tensor (..., Tk, D), or a pair "
                         f"from project_memory, got {type(memory).__name__}")
     return memory
+
+# %% ../nbs/11_encoder_decoder.ipynb #check-memory
+def _check_memory(layer: CrossDecoderLayer, x: Tensor, keys: Tensor,
+                  values: Tensor, memory_mask: Tensor | None) -> None:
+    """Raise unless x may read these keys; before a cache is written."""
+    attend = layer.self_attn
+    want = (*x.shape[:-2], attend.num_heads)
+    shapes = {"keys": tuple(keys.shape), "values": tuple(values.shape)}
+    if keys.shape != values.shape or keys.dim() != x.dim() + 1 or \
+            tuple(keys.shape[:-2]) != want or \
+            keys.shape[-1] != attend.head_dim:
+        raise ValueError("memory must fit x: keys and values must be "
+                         f"{want} + (Tk, {attend.head_dim}), got {shapes}")
+    if memory_mask is not None:
+        batch = math.prod(x.shape[:-2])
+        _check_mask(memory_mask, (batch, attend.num_heads, x.shape[-2],
+                                  keys.shape[-2]), x.device)
 
 # %% ../nbs/11_encoder_decoder.ipynb #torch-names
 _TORCH_NAMES = {
@@ -738,8 +753,8 @@ class Seq2SeqTransformer(nn.Module):
         src_vocab: number of source ids.
         tgt_vocab: number of target ids, and of logits.
         d_model, num_heads, num_encoder_layers, num_decoder_layers, d_ff,
-            dropout: as in ``Transformer``; dropout also of what enters the
-            first layers.
+            dropout: as in ``Transformer``; at least one decoder layer;
+            dropout also of what enters the first layers.
         activation, norm_first, bias, norm_eps: as in ``Transformer``.
         tie_embeddings: lm_head is the table of target embeddings.
         share_embeddings: source and target have one table; needs
@@ -766,6 +781,7 @@ class Seq2SeqTransformer(nn.Module):
                  max_len: int = 1024) -> None:
         super().__init__()
         for name, size in {"src_vocab": src_vocab, "tgt_vocab": tgt_vocab,
+                           "num_decoder_layers": num_decoder_layers,
                            "max_len": max_len}.items():
             _check_length(name, size, least=1)
         _check_flag("tie_embeddings", tie_embeddings)
