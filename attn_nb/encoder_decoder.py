@@ -128,9 +128,18 @@ def _activation(activation: str | Callable[[Tensor], Tensor]
 class _Branches(nn.Module):
     """What both layers share: where the norms stand, and the sum."""
 
-    def __init__(self, dropout: float, norm_first: bool) -> None:
+    def __init__(self, d_model: int, num_heads: int, dropout: float,
+                 norm_first: bool, norm_eps: float) -> None:
         super().__init__()
+        for name, size in {"d_model": d_model,
+                           "num_heads": num_heads}.items():
+            _check_length(name, size, least=1)
+        if d_model % num_heads:
+            raise ValueError("num_heads must divide d_model, got "
+                             f"d_model={d_model}, num_heads={num_heads}")
+        _check_probability("dropout", dropout)
         _check_flag("norm_first", norm_first)
+        _check_eps(norm_eps)
         self.norm_first = norm_first
         self.dropout = nn.Dropout(dropout)
 
@@ -175,8 +184,7 @@ class EncoderLayer(_Branches):
                  activation: str | Callable[[Tensor], Tensor] = "relu",
                  norm_first: bool = False, bias: bool = True,
                  norm_eps: float = 1e-5) -> None:
-        super().__init__(dropout, norm_first)
-        _check_eps(norm_eps)
+        super().__init__(d_model, num_heads, dropout, norm_first, norm_eps)
         self.feed_forward = FeedForward(
             d_model, d_ff, dropout, activation=activation, bias=bias)
         self.self_attn = MultiHeadAttention(
@@ -273,8 +281,7 @@ class CrossDecoderLayer(_Branches):
                  activation: str | Callable[[Tensor], Tensor] = "relu",
                  norm_first: bool = False, bias: bool = True,
                  norm_eps: float = 1e-5, is_causal: bool = True) -> None:
-        super().__init__(dropout, norm_first)
-        _check_eps(norm_eps)
+        super().__init__(d_model, num_heads, dropout, norm_first, norm_eps)
         self.feed_forward = FeedForward(
             d_model, d_ff, dropout, activation=activation, bias=bias)
         self.self_attn = GroupedQueryAttention(
@@ -991,12 +998,14 @@ def translate(model: Seq2SeqTransformer, src_ids: Tensor,
             row.append(look[:, :, -1:])
         best = logits[:, -1:].argmax(-1).to(ids.dtype)
         best = best.masked_fill(ended, pad_id)
-        ids = torch.cat([ids, best], 1)                  # (B, T)
+        ids = torch.cat([ids, best], 1)
         ended = ended | (best == eos_id)
         if ended.all():
             break
-    return (ids, [torch.cat(row, 2) for row in rows]) \
-        if return_weights else ids
+    looks = [torch.cat(row, 2) for row in rows] if return_weights else []
+    with torch.inference_mode(False):    # results that can be trained on
+        ids, looks = ids.clone(), [look.clone() for look in looks]
+    return (ids, looks) if return_weights else ids
 
 # %% ../nbs/11_encoder_decoder.ipynb #check-translate
 def _check_translate(model: Seq2SeqTransformer, max_new_tokens: int,
