@@ -807,7 +807,7 @@ def test_wrong_translations_are_refused(options, error, words):
     (lambda m: m.transformer(*tensors(), memory_mask=SRC_PADS[:2]), ValueError, "attn_mask must broadcast"),
     (lambda m: m.transformer(*tensors(), src_mask=SRC_PADS[..., :5]), ValueError, "attn_mask must broadcast"),
     (lambda m: m.project_memory(tensors()[0].float()), TypeError, "memory must be torch.float64 like the weights"),
-    (lambda m: m.project_memory(tensors()[0][..., :5]), ValueError, r"memory must be \(..., T, d_model=12\), got shape \(3, 7, 5"),
+    (lambda m: m.project_memory(tensors()[0][..., :5]), ValueError, r"memory must be \(..., T, d_model=12\), got shape"),
 ])
 def test_wrong_input_is_refused(call, error, words):
     with pytest.raises(error, match="^" + words):
