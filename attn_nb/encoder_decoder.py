@@ -38,7 +38,7 @@ class FeedForward(nn.Module):
         dropout: probability in [0, 1] that an inner number is dropped in
             training.
         activation: "relu", "gelu" (the exact one), or a function of a
-            tensor that keeps its shape.
+            tensor (..., T, F) that keeps its shape.
         bias: add a bias to both projections.
     Returns:
         a module; see ``forward``.
@@ -129,6 +129,7 @@ class EncoderLayer(_Branches):
 
     h = norm(x + self_attn(x)); out = norm(h + feed_forward(h)), the
     post-norm of the paper; with norm_first h = x + self_attn(norm(x)).
+    x is (..., T, D).
 
     Args:
         d_model: D, width of the tokens, at least 1.
@@ -258,8 +259,8 @@ class CrossDecoderLayer(_Branches):
 
     h = norm(x + self_attn(x)); g = norm(h + cross_attn(h, memory));
     out = norm(g + feed_forward(g)), or with norm_first as in
-    ``EncoderLayer``. Queries of cross_attn come from h, keys and values
-    from the memory, which is what the encoder gave.
+    ``EncoderLayer``. Queries of cross_attn come from h (..., Tq, D), keys
+    and values from the memory (..., Tk, D), which is what the encoder gave.
 
     Args:
         d_model: D, width of the tokens and of the memory, at least 1.
@@ -485,9 +486,9 @@ def _to_torch(layer: nn.Module) -> nn.Module:
 class Transformer(nn.Module):
     """The Transformer of 2017, from embedded tokens to embedded tokens.
 
-    memory = encoder layers of src; out = decoder layers of tgt, each of
-    which reads the memory. With norm_first a last norm follows each stack;
-    the paper's post-norm layers end in one already.
+    memory = encoder layers of src (..., Tk, D); out = decoder layers of
+    tgt (..., Tq, D), each of which reads the memory. With norm_first a last
+    norm follows each stack; the paper's post-norm layers end in one already.
 
     Args:
         d_model: D, width of all tokens; 512 in the paper's base model.
@@ -597,12 +598,8 @@ class Transformer(nn.Module):
                 list has not one entry for each layer.
         """
         x, maps, looks = tgt, [], []
-        layers = self.decoder_layers
-        for name, given in (("memory", memory), ("caches", caches)):
-            if isinstance(given, (list, tuple)) and len(given) != len(layers):
-                raise ValueError(f"{name} must have one entry for each of "
-                                 f"{len(layers)} layers, got {len(given)}")
-        for i, layer in enumerate(layers):
+        _check_entries(self.decoder_layers, memory=memory, caches=caches)
+        for i, layer in enumerate(self.decoder_layers):
             out = layer(
                 x, memory if isinstance(memory, Tensor) else memory[i],
                 attn_mask=tgt_mask, memory_mask=memory_mask,
@@ -680,6 +677,14 @@ class Transformer(nn.Module):
         """
         return _transformer_to_torch(self)
 
+# %% ../nbs/11_encoder_decoder.ipynb #check-entries
+def _check_entries(layers: nn.ModuleList, **given: object) -> None:
+    """Raise unless each list has one entry for each layer."""
+    for name, items in given.items():
+        if isinstance(items, (list, tuple)) and len(items) != len(layers):
+            raise ValueError(f"{name} must have one entry for each of "
+                             f"{len(layers)} layers, got {len(items)}")
+
 # %% ../nbs/11_encoder_decoder.ipynb #transformer-torch
 def _transformer_from_torch(cls: type, model: nn.Transformer,
                             is_causal: bool) -> Transformer:
@@ -725,6 +730,19 @@ def _transformer_to_torch(model: Transformer) -> nn.Transformer:
         setattr(theirs, name, stack)
     return theirs.train(model.training)
 
+# %% ../nbs/11_encoder_decoder.ipynb #check-tables
+def _check_tables(tie_embeddings: bool, share_embeddings: bool,
+                  **sizes: int) -> None:
+    """Raise unless sizes are at least 1, and shared tables of one size."""
+    for name, size in sizes.items():
+        _check_length(name, size, least=1)
+    _check_flag("tie_embeddings", tie_embeddings)
+    _check_flag("share_embeddings", share_embeddings)
+    source, target = sizes["src_vocab"], sizes["tgt_vocab"]
+    if share_embeddings and source != target:
+        raise ValueError("src_vocab must be tgt_vocab to share their table, "
+                         f"got {source} and {target}")
+
 # %% ../nbs/11_encoder_decoder.ipynb #check-ids
 def _check_ids(name: str, ids: Tensor, past: int, most: int) -> None:
     """Raise unless ids is (B, T), of whole numbers, and short enough."""
@@ -740,13 +758,14 @@ def _check_ids(name: str, ids: Tensor, past: int, most: int) -> None:
                          f"{past} tokens before and {ids.shape[1]} more")
 
 
-def _check_real(name: str, real: Tensor | None, ids: Tensor, past: int
-                ) -> None:
-    """Raise unless a mask is (B, past + T) for ids (B, T)."""
+def _real_keys(name: str, real: Tensor | None, ids: Tensor, past: int
+               ) -> Tensor | None:
+    """The mask of pads for ids (B, T), from real, (B, past + T)."""
     want = (ids.shape[0], past + ids.shape[1])
     if isinstance(real, Tensor) and tuple(real.shape) != want:
         raise ValueError(f"{name} must be (B, past + T) = {want}, 1 = real "
                          f"token, got shape {tuple(real.shape)}")
+    return None if real is None else padding_mask(real)
 
 # %% ../nbs/11_encoder_decoder.ipynb #seq2seq
 class Seq2SeqTransformer(nn.Module):
@@ -787,15 +806,9 @@ class Seq2SeqTransformer(nn.Module):
                  share_embeddings: bool = False,
                  max_len: int = 1024) -> None:
         super().__init__()
-        for name, size in {"src_vocab": src_vocab, "tgt_vocab": tgt_vocab,
-                           "num_decoder_layers": num_decoder_layers,
-                           "max_len": max_len}.items():
-            _check_length(name, size, least=1)
-        _check_flag("tie_embeddings", tie_embeddings)
-        _check_flag("share_embeddings", share_embeddings)
-        if share_embeddings and src_vocab != tgt_vocab:
-            raise ValueError("src_vocab must be tgt_vocab to share their "
-                             f"table, got {src_vocab} and {tgt_vocab}")
+        _check_tables(tie_embeddings, share_embeddings, src_vocab=src_vocab,
+                      tgt_vocab=tgt_vocab, max_len=max_len,
+                      num_decoder_layers=num_decoder_layers)
         self.transformer = Transformer(
             d_model, num_heads, num_encoder_layers, num_decoder_layers, d_ff,
             dropout, activation=activation, norm_first=norm_first, bias=bias,
@@ -839,8 +852,7 @@ class Seq2SeqTransformer(nn.Module):
             TypeError, ValueError: as in ``forward``.
         """
         _check_ids("src_ids", src_ids, 0, self.waves.shape[0])
-        _check_real("src_mask", src_mask, src_ids, 0)
-        may = None if src_mask is None else padding_mask(src_mask)
+        may = _real_keys("src_mask", src_mask, src_ids, 0)
         src = self._embed(src_ids, self.src_embed, src_mask, 0)
         return self.transformer.encode(
             src, src_mask=may, return_weights=return_weights)
@@ -899,9 +911,8 @@ class Seq2SeqTransformer(nn.Module):
         """
         past = caches[0].length if caches else 0
         _check_ids("tgt_ids", tgt_ids, past, self.waves.shape[0])
-        _check_real("tgt_mask", tgt_mask, tgt_ids, past)
-        tgt_may, src_may = (None if real is None else padding_mask(real)
-                            for real in (tgt_mask, src_mask))
+        tgt_may = _real_keys("tgt_mask", tgt_mask, tgt_ids, past)
+        src_may = None if src_mask is None else padding_mask(src_mask)
         tgt = self._embed(tgt_ids, self.tgt_embed, tgt_mask, past)
         out = self.transformer.decode(
             tgt, memory, tgt_mask=tgt_may, memory_mask=src_may,
