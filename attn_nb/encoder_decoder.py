@@ -207,7 +207,8 @@ class EncoderLayer(_Branches):
         Returns:
             a module of this class, in the layer's dtype, device and mode.
         Raises:
-            TypeError: layer is of another class.
+            TypeError: layer is of another class, or a subclass that
+                computes something else.
             ValueError: its parts have unlike dropout or eps.
         """
         return _from_torch(cls, layer)
@@ -364,8 +365,8 @@ class CrossDecoderLayer(_Branches):
         Returns:
             a module of this class, in the layer's dtype, device and mode.
         Raises:
-            TypeError: layer is of another class, or is_causal neither True
-                nor False.
+            TypeError: layer is of another class, or a subclass that
+                computes something else; is_causal is no bool.
             ValueError: its parts have unlike dropout or eps.
         """
         return _from_torch(cls, layer, is_causal=is_causal)
@@ -421,11 +422,20 @@ _TORCH_DECODER = {
 
 def _torch_parts(layer: nn.Module) -> tuple[type, dict, dict]:
     """Their class, and the names there of parts and attentions here."""
+    network = getattr(layer, "feed_forward", layer)
+    learned = {"activation": "feed_forward.activation"} if isinstance(
+        network.activation, nn.Module) else {}
     if isinstance(layer, (EncoderLayer, nn.TransformerEncoderLayer)):
-        return (nn.TransformerEncoderLayer, _TORCH_ENCODER,
+        return (nn.TransformerEncoderLayer, {**_TORCH_ENCODER, **learned},
                 {"self_attn": "self_attn"})
-    return (nn.TransformerDecoderLayer, _TORCH_DECODER,
+    return (nn.TransformerDecoderLayer, {**_TORCH_DECODER, **learned},
             {"self_attn": "self_attn", "multihead_attn": "cross_attn"})
+
+
+def _plain(layer: object, wanted: type) -> bool:
+    """Is it of that class, computing what the class computes?"""
+    return isinstance(layer, wanted) and (
+        type(layer).forward is wanted.forward)
 
 
 def _one_of(name: str, values: set) -> float:
@@ -440,9 +450,9 @@ def _from_torch(cls: type, layer: nn.Module, **options) -> nn.Module:
     """Our layer with copies of the weights of PyTorch's."""
     wanted = (nn.TransformerEncoderLayer if cls is EncoderLayer
               else nn.TransformerDecoderLayer)
-    if not isinstance(layer, wanted):
-        raise TypeError(f"layer must be an nn.{wanted.__name__}, got "
-                        f"{type(layer).__name__}")
+    if not _plain(layer, wanted):
+        raise TypeError(f"layer must be an nn.{wanted.__name__} with its own "
+                        f"forward, got {type(layer).__name__}")
     _, names, attentions = _torch_parts(layer)
     attend = layer.self_attn
     drops = {m.p for m in layer.modules() if isinstance(m, nn.Dropout)}
@@ -451,7 +461,8 @@ def _from_torch(cls: type, layer: nn.Module, **options) -> nn.Module:
     with torch.device("meta"):           # no random numbers are drawn
         ours = cls(attend.embed_dim, attend.num_heads,
                    layer.linear1.out_features, _one_of("dropout", drops),
-                   activation=layer.activation, norm_first=layer.norm_first,
+                   activation=copy.deepcopy(layer.activation),
+                   norm_first=layer.norm_first,
                    bias=layer.linear1.bias is not None,
                    norm_eps=_one_of("eps", eps), **options)
     state = {f"{here}.{end}": p.detach().clone()
@@ -470,7 +481,8 @@ def _to_torch(layer: nn.Module) -> nn.Module:
     up, norm = layer.feed_forward.up_proj, layer.feed_forward_norm
     made = theirs(
         up.in_features, layer.self_attn.num_heads, up.out_features,
-        layer.dropout.p, activation=layer.feed_forward.activation,
+        layer.dropout.p,
+        activation=copy.deepcopy(layer.feed_forward.activation),
         layer_norm_eps=norm.eps, batch_first=True,
         norm_first=layer.norm_first, bias=up.bias is not None, device="meta")
     state = {f"{there}.{end}": p.detach().clone()
@@ -691,8 +703,8 @@ def _transformer_from_torch(cls: type, model: nn.Transformer,
     """Layer by layer; a norm at the end of a stack only if there is one."""
     stacks = [getattr(model, x, None) for x in ("encoder", "decoder")]
     plain = nn.TransformerEncoder, nn.TransformerDecoder
-    if not isinstance(model, nn.Transformer) or not all(
-            isinstance(s, p) for s, p in zip(stacks, plain)):
+    if not _plain(model, nn.Transformer) or not all(
+            _plain(s, p) for s, p in zip(stacks, plain)):
         raise TypeError("model must be an nn.Transformer with PyTorch's own "
                         f"encoder and decoder, got {type(model).__name__}")
     with torch.device("meta"):

@@ -373,15 +373,39 @@ def test_copies_keep_mode_dtype_and_dropout_and_are_copies():
     assert whole.to_torch().encoder.layers[0].dropout.p == 0.1
 
 
+@pytest.mark.parametrize("ours, theirs", [(EncoderLayer, nn.TransformerEncoderLayer),
+                                          (CrossDecoderLayer, nn.TransformerDecoderLayer)])
+def test_a_learned_activation_is_copied(ours, theirs):
+    layer = lively(theirs(12, 3, 20, 0.0, activation=nn.PReLU(), batch_first=True).double())
+    copied, (memory, x) = ours.from_torch(layer), tensors()
+    back, args = copied.to_torch(), (x,) if ours is EncoderLayer else (x, memory)
+    more = {} if ours is EncoderLayer else {"tgt_mask": ~causal_mask(5)}
+    for same in (copied(*args), back(*args, **more)):
+        assert_close(same, layer(*args, **more), rtol=0, atol=1e-9)
+    with torch.no_grad():
+        copied.feed_forward.activation.weight.fill_(9)
+    assert not (layer.activation.weight == 9).any() and not (back.activation.weight == 9).any()
+
+
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_what_cannot_be_copied_is_refused():
     layer = nn.TransformerEncoderLayer(12, 3, 20)
-    with pytest.raises(TypeError, match="^layer must be an nn.TransformerEncoderLayer, got TransformerDecoderLayer"):
+    with pytest.raises(TypeError, match="^layer must be an nn.TransformerEncoderLayer with its own forward, got Trans"):
         EncoderLayer.from_torch(nn.TransformerDecoderLayer(12, 3, 20))
-    with pytest.raises(TypeError, match="^layer must be an nn.TransformerDecoderLayer, got TransformerEncoderLayer"):
+    with pytest.raises(TypeError, match="^layer must be an nn.TransformerDecoderLayer with its own forward, got Trans"):
         CrossDecoderLayer.from_torch(layer)
-    with pytest.raises(TypeError, match="^layer must be an nn.TransformerEncoderLayer, got NoneType"):
+    with pytest.raises(TypeError, match="^layer must be an nn.TransformerEncoderLayer with its own forward, got None"):
         EncoderLayer.from_torch(None)
+
+    class Other(nn.TransformerEncoderLayer):
+        def forward(self, src):
+            return src
+    with pytest.raises(TypeError, match="with its own forward, got Other"):
+        EncoderLayer.from_torch(Other(12, 3, 20))
+    strange = nn.Transformer(12, 3, 1, 1, 20)
+    strange.__class__ = type("Strange", (nn.Transformer,), {"forward": lambda self, a, b: b})
+    with pytest.raises(TypeError, match="own encoder and decoder, got Strange"):
+        Transformer.from_torch(strange)
     layer.dropout1.p = 0.5
     with pytest.raises(ValueError, match=r"^layer must have one dropout for all its parts, got \[0.1, 0.5\]"):
         EncoderLayer.from_torch(layer)
