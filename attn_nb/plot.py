@@ -1175,7 +1175,7 @@ def alignment_theatre(samples: Mapping[str, tuple[
         start: the sample and the output shown first, counted from 0; of
             the last layer the mean of all heads.
     Returns:
-        a figure of about 8 kB and 1.4 bytes per weight; a notebook
+        a figure of about 11 kB and 1.4 bytes per weight; a notebook
         displays it. Shown in whole percents.
     Raises:
         TypeError: samples is not a mapping, weights no tensor, or start
