@@ -16,7 +16,7 @@ from .grouped_query import GroupedQueryAttention, grouped_attention, kv_cache_by
 from .kv_cache import KVCache
 from .multi_head import MultiHeadAttention, merge_heads, split_heads
 from .multi_head_wrapper import MultiHeadAttentionWrapper
-from .plot import cache_steps, kv_calculator, mask_grid, plot_attention, rotary_dial, slider_bars, use_book_style
+from .plot import alignment_theatre, cache_steps, kv_calculator, mask_grid, plot_attention, rotary_dial, slider_bars, use_book_style
 from .positions import apply_rotary, convert_rotary_layout, rope_cos_sin, sinusoidal_positions
 from .single_head import SelfAttention, attention
 from .testing import (
@@ -34,8 +34,8 @@ from .testing import (
 __all__ = [
     "CausalAttention", "CausalSelfAttention", "CrossDecoderLayer", "DecoderLayer", "EncoderLayer",
     "FeedForward", "GroupedQueryAttention", "KVCache", "MultiHeadAttention", "MultiHeadAttentionWrapper",
-    "RMSNorm", "SelfAttention", "Seq2SeqTransformer", "SwiGLU", "Transformer", "apply_rotary",
-    "assert_as_precise", "assert_cache_equals_full", "assert_causal", "assert_eval_deterministic",
+    "RMSNorm", "SelfAttention", "Seq2SeqTransformer", "SwiGLU", "Transformer", "alignment_theatre",
+    "apply_rotary", "assert_as_precise", "assert_cache_equals_full", "assert_causal", "assert_eval_deterministic",
     "assert_parity", "assert_permutation_equivariant", "assert_rows_sum_to_one", "attention", "bias_to_mask",
     "cache_steps", "catches", "causal_mask", "convert_rotary_layout", "grouped_attention", "kv_cache_bytes",
     "kv_calculator", "mask_from_mha", "mask_grid", "mask_to_bias", "merge_heads", "padding_mask",

@@ -790,9 +790,9 @@ class Seq2SeqTransformer(nn.Module):
     Args:
         src_vocab: number of source ids.
         tgt_vocab: number of target ids, and of logits.
-        d_model, num_heads, num_encoder_layers, num_decoder_layers, d_ff,
-            dropout: as in ``Transformer``; at least one decoder layer;
-            dropout also of what enters the first layers.
+        d_model, num_heads, d_ff: as in ``Transformer``.
+        num_encoder_layers, num_decoder_layers: the latter at least 1.
+        dropout: as in ``Transformer``, and of what enters the layers.
         activation, norm_first, bias, norm_eps: as in ``Transformer``.
         tie_embeddings: lm_head is the table of target embeddings.
         share_embeddings: source and target have one table; needs
