@@ -692,7 +692,7 @@ BUGS += [
                '"linear1": "feed_forward.down_proj"'),
     translator("copies from PyTorch: order of the norms ignored", "norm_first=layer.norm_first,\n                   bias=",
                "\n                   bias="),
-    translator("copies from PyTorch: activation ignored", "activation=layer.activation,", "activation=F.relu,"),
+    translator("copies from PyTorch: activation ignored", "activation=copy.deepcopy(layer.activation),", "activation=F.relu,"),
     translator("copies from PyTorch: eps ignored", 'norm_eps=_one_of("eps", eps), **options)', "**options)"),
     translator("Transformer: last norm of the encoder forgotten", "x = self.encoder_norm(x) ", "x = x "),
     translator("Transformer: last norm of the decoder forgotten", "x = self.decoder_norm(x) ", "x = x "),
