@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GREY', 'COLORS', 'use_book_style', 'plot_attention', 'SliderBars', 'slider_bars', 'mask_grid', 'cache_steps',
-           'kv_calculator', 'rotary_dial']
+           'kv_calculator', 'rotary_dial', 'alignment_theatre']
 
 # %% ../nbs/90_plot.ipynb #imports
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -1071,3 +1072,220 @@ def _check_dial(query: Tensor, key: Tensor, speeds: Tensor, length: int,
         raise ValueError(f"start must be two positions, got {start}")
     for at in start:
         _check_whole("start", at, 0, length - 1)
+
+# %% ../nbs/90_plot.ipynb #theatre-style
+_STAGE_STYLE = f"""
+.attn-stage {{max-width: 36em; color: inherit}}
+.attn-stage text {{font: 15px sans-serif; fill: currentColor;
+  text-anchor: middle}}
+.attn-stage rect {{fill: {COLORS[0]}; stroke: {GREY}}}
+.attn-stage path {{fill: none; stroke: {COLORS[0]}; stroke-width: 3}}
+.attn-stage .out {{fill: none}}
+.attn-stage .now {{fill: none; stroke: {COLORS[1]}; stroke-width: 3}}
+.attn-stage .later {{opacity: 0}}
+.attn-stage div {{display: grid; gap: .2em .6em; align-items: center;
+  grid-template-columns: max-content minmax(2em, 1fr)}}
+.attn-stage label {{display: contents}}
+.attn-stage input {{width: 100%; min-height: 24px}}
+.attn-stage select {{justify-self: start; max-width: 100%;
+  min-height: 26px; font: inherit; color: inherit;
+  background: transparent; border: 1px solid {GREY}}}
+.attn-stage option {{color: #222; background: #fff}}
+.attn-stage output {{grid-column: 1 / -1; min-height: 3em}}
+"""
+
+# %% ../nbs/90_plot.ipynb #theatre-draw
+_STAGE_DRAW = """
+const place = (i, n, y) => [10 + 20 * i + 200 - 10 * n, y];
+const where = (i, size) => i < 20 ? place(i, Math.min(20, size), 24)
+  : place(i - 20, size - 20, 204);
+const shapes = (percents, outputs, at) => {
+  const size = percents.length, [x0] = place(at, outputs, 0);
+  const cells = percents.map((p, i) => {
+    const [x, y] = where(i, size), down = i < 20;
+    const end = down ? 36 : 204, from = down ? 100 : 136;
+    return [`<rect x="${x - 9}" y="${y}" width="18" height="12" ` +
+      `fill-opacity="${p / 100}"/>` +
+      `<text x="${x}" y="${down ? 17 : 232}"></text>`, p < 3 ? "" :
+      `<path stroke-opacity="${p / 100}" d="M${x0} ${from}C${x0} ` +
+      `${down ? 68 : 170} ${x} ${down ? 68 : 170} ${x} ${end}"/>`];
+  });
+  const wrote = Array.from({length: outputs}, (_, i) => {
+    const [x] = place(i, outputs, 0);
+    return `<rect class="${i === at ? "now" : "out"}" x="${x - 9}" ` +
+      `y="104" width="18" height="28"/><text${i > at ? ' class="later"'
+      : ""} x="${x}" y="123"></text>`;
+  });
+  return cells.map((c) => c[1]).join("") + cells.map((c) => c[0]).join("") +
+    wrote.join("");
+};"""
+
+# %% ../nbs/90_plot.ipynb #theatre-js
+_STAGE_SCRIPT = f"<script>{{{_STAGE_DRAW}" + """
+for (const fig of document.querySelectorAll(".attn-stage:not([data-on])")) {
+  fig.dataset.on = 1;
+  const [menus, [slider]] = ["select", "input"].map(
+    (n) => [...fig.querySelectorAll(n)]);
+  const [picker, layer, head] = menus;
+  const svg = fig.querySelector("svg");
+  const data = JSON.parse(fig.querySelector("script").textContent);
+  const stored = data.weights.map(
+    (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
+  const show = () => {
+    const [source, output] = data.tokens[picker.value];
+    slider.max = output.length - 1;
+    const at = +slider.value, size = source.length, all = data.heads;
+    const heads = +head.value === all ? [...Array(all).keys()]
+      : [+head.value];
+    const whole = 510 * heads.length, percents = source.map((_, i) => {
+      const sum = heads.reduce((sum, h) => sum + stored[picker.value][
+        ((layer.value * all + h) * output.length + at) * size + i], 0);
+      return Math.floor((200 * sum + whole / 2) / whole);
+    });
+    svg.innerHTML = shapes(percents, output.length, at);
+    [...svg.querySelectorAll("text")].forEach((text, i) => {
+      text.textContent = i < size ? source[i] : output[i - size];
+    });
+    const best = percents.map((p, i) => [p, i]).sort(
+      (a, b) => b[0] - a[0] || a[1] - b[1]).slice(0, 3);
+    const said = `output ${at}, ${output[at]}: looks at ` + best.map(
+      ([p, i]) => `${source[i]} (${i}) ${p} %`).join(", ");
+    slider.setAttribute("aria-valuetext", `${at}, ${output[at]}`);
+    fig.querySelector("output").textContent = said;
+  };
+  [...menus, slider].forEach((e) => { e.oninput = show; });
+  show();
+}}
+</script>"""
+
+# %% ../nbs/90_plot.ipynb #alignment-theatre
+def alignment_theatre(samples: Mapping[str, tuple[
+        Sequence[str], Sequence[str], Tensor]], *, alt: str,
+        start: tuple[int, int] = (0, 0)) -> SliderBars:
+    """An offline interactive figure: where each output looked.
+
+    Threads run from the output to source tokens, as strong as the weight.
+
+    Args:
+        samples: for each name in the menu its source tokens (1 to 40),
+            output tokens (1 to 20) and weights (L, H, Tq, Tk) from 0 to 1,
+            of the same L layers and H heads (1 to 16) in every sample; at
+            most 150,000 weights in all.
+        alt: one sentence for readers who do not see the figure.
+        start: the sample and the output shown first, counted from 0; of
+            the last layer the mean of all heads.
+    Returns:
+        a figure of about 11 kB and 1.4 bytes per weight; a notebook
+        displays it. Shown in whole percents.
+    Raises:
+        TypeError: samples is not a mapping, weights no tensor, or start
+            not ints.
+        ValueError: a size does not fit or is out of range, or a weight is
+            not from 0 to 1.
+    Source: appendix. See: chapter 11.
+    """
+    _check_samples(samples, start)
+    names, rows = [str(name) for name in samples], [*samples.values()]
+    bytes_ = [weights.detach().double().cpu().mul(255).round()
+              for *_, weights in rows]
+    L, H = bytes_[0].shape[:2]
+    first, at = start
+    source, output, _ = rows[first]
+    whole, sums = 510 * H, bytes_[first][-1, :, at].sum(0)   # Tk numbers
+    percents = [(200 * int(s) + whole // 2) // whole for s in sums]
+    layers = {i: f"{i}" for i in range(L)}
+    heads = {H: "mean of all", **{i: f"{i}" for i in range(H)}}
+    return _figure(
+        "attn-stage", _STAGE_STYLE, _STAGE_SCRIPT, alt=alt,
+        height=240 if any(len(row[0]) > 20 for row in rows) else 140,
+        shapes=_stage_shapes(percents, source, output, at),
+        said=_stage_said(percents, source, output, at),
+        controls="\n".join([
+            _menu("string", dict(enumerate(names)), first),
+            _range("output", len(output), at),
+            _menu("layer", layers, L - 1), _menu("head", heads, H)]),
+        data={"heads": H, "tokens": [[[*row[0]], [*row[1]]] for row in rows],
+              "weights": [b64encode(bytes(w.flatten().byte().tolist()))
+                          .decode() for w in bytes_]})
+
+# %% ../nbs/90_plot.ipynb #theatre-menu
+def _menu(label: str, options: Mapping[int, str], chosen: int) -> str:
+    """A labelled menu."""
+    return f"<label>{label} <select>" + "".join(
+        f'<option value="{value}"{" selected" * (value == chosen)}>'
+        f"{escape(word)}</option>" for value, word in options.items()
+        ) + "</select></label>"
+
+# %% ../nbs/90_plot.ipynb #theatre-said
+def _stage_said(percents: Sequence[int], source: Sequence[str],
+                output: Sequence[str], at: int) -> str:
+    """The line under the figure; the script says the same."""
+    best = sorted(range(len(source)), key=lambda i: -percents[i])[:3]
+    return f"output {at}, {output[at]}: looks at " + ", ".join(
+        f"{source[i]} ({i}) {percents[i]} %" for i in best)
+
+# %% ../nbs/90_plot.ipynb #theatre-shapes
+def _stage_shapes(percents: Sequence[int], source: Sequence[str],
+                  output: Sequence[str], at: int) -> str:
+    """SVG of the threads, the source and what is written; as the script."""
+    def place(i: int, size: int) -> int:
+        return 10 + 20 * i + 200 - 10 * size
+
+    threads, cells, x0 = [], [], place(at, len(output))
+    for i, (token, p) in enumerate(zip(source, percents)):
+        top = i < 20
+        x = place(i, min(20, len(source))) if top else place(
+            i - 20, len(source) - 20)
+        y, text, end, start, bend = (24, 17, 36, 100, 68) if top else (
+            204, 232, 204, 136, 170)
+        cells.append(f'<rect x="{x - 9}" y="{y}" width="18" height="12" '
+                     f'fill-opacity="{p / 100:g}"/>'
+                     f'<text x="{x}" y="{text}">{escape(token)}</text>')
+        if p >= 3:
+            threads.append(
+                f'<path stroke-opacity="{p / 100:g}" d="M{x0} {start}C{x0} '
+                f'{bend} {x} {bend} {x} {end}"/>')
+    for i, token in enumerate(output):
+        x, later = place(i, len(output)), ' class="later"' * (i > at)
+        cells.append(f'<rect class="{"now" if i == at else "out"}" '
+                     f'x="{x - 9}" y="104" width="18" height="28"/><text'
+                     f'{later} x="{x}" y="123">{escape(token)}</text>')
+    return "".join(threads + cells)
+
+# %% ../nbs/90_plot.ipynb #check-samples
+def _check_samples(samples: Mapping[str, tuple[
+        Sequence[str], Sequence[str], Tensor]], start: tuple[int, int]
+        ) -> None:
+    """Raise TypeError or ValueError: argument, wanted, got."""
+    if not isinstance(samples, Mapping):
+        raise TypeError("samples must be a mapping from names, got "
+                        f"{type(samples).__name__}")
+    if not samples:
+        raise ValueError("samples must have at least one name, got none")
+    kinds = set()
+    for name, (source, output, w) in samples.items():
+        if not isinstance(w, Tensor):
+            raise TypeError(f"samples[{name!r}] must end in a tensor, got "
+                            f"{type(w).__name__}")
+        _check_whole(f"source tokens of {name!r}", len(source), 1, 40)
+        _check_whole(f"output tokens of {name!r}", len(output), 1, 20)
+        want = *w.shape[:2], len(output), len(source)
+        if w.dim() != 4 or w.shape != want:
+            raise ValueError(f"weights of {name!r} must be (L, H, "
+                             f"{len(output)}, {len(source)}), got "
+                             f"{tuple(w.shape)}")
+        if not ((w >= 0) & (w <= 1 + 1e-6)).all():
+            raise ValueError(f"weights of {name!r} must be from 0 to 1")
+        kinds.add(want[:2])
+    if len(kinds) > 1 or not all(1 <= n <= 16 for n in min(kinds)):
+        raise ValueError("weights must all have the same L and H from 1 to "
+                         f"16, got {sorted(kinds)}")
+    total = sum(w.numel() for *_, w in samples.values())
+    if total > 150_000:
+        raise ValueError(f"samples must hold at most 150,000 weights, got "
+                         f"{total:,}")
+    if len(start) != 2:
+        raise ValueError(f"start must be a sample and an output, got {start}")
+    _check_whole("start[0]", start[0], 0, len(samples) - 1)
+    output = [*samples.values()][start[0]][1]
+    _check_whole("start[1]", start[1], 0, len(output) - 1)

@@ -727,6 +727,105 @@ BUGS += [
 ]
 
 
+def translator(name, old, new):
+    return Bug(name, "encoder_decoder", old, new)
+
+
+SPLIT_K = "k = split_heads(self.k_proj(memory), H)          # (..., H, Tk, Dh)"
+SPLIT_V = "v = split_heads(self.v_proj(memory), H)          # (..., H, Tk, Dh)"
+ADDED = "x = x + self.dropout(out)                        # (..., T, D)"
+NORMED_AFTER = "return x if self.norm_first else norm(x)"
+CROSS = ("self._read(x, self.cross_attn_norm), keys, values,\n"
+         "            attn_mask=memory_mask")
+CROSS_ADDED = "x = self._add(x, out, self.cross_attn_norm)          # (..., Tq, D)"
+EMBEDDED = "x = table(ids) * math.sqrt(table.embedding_dim)      # (B, T, D)"
+PLACES = "place = (real.long().cumsum(1) - 1).clamp(min=0)"
+STEP = "out = model.decode(ids[:, -1:] if use_cache else ids, memory,"
+ENCODER_NORMS = "is_causal=False)\n        self.self_attn_norm, self.feed_forward_norm = ("
+TO_DECODER = "tgt, memory, tgt_mask=tgt_may, memory_mask=src_may,"
+NEXT_MASK = "src_mask, caches=caches,\n                           return_weights=return_weights)\n        logits,"
+BUGS += [
+    translator("cross-attention: keys and values exchanged", SPLIT_K + "\n        " + SPLIT_V,
+               SPLIT_K.replace("k_proj", "v_proj") + "\n        " + SPLIT_V.replace("v_proj", "k_proj")),
+    translator("cross-attention: values by the key matrix", SPLIT_V, SPLIT_V.replace("v_proj", "k_proj")),
+    translator("cross-attention: heads cut by the wrong axis", SPLIT_K,
+               "k = self.k_proj(memory).unflatten(-1, (-1, H)).movedim(-1, -3)"),
+    translator("cross-attention: causal", "q, k, v, attn_mask, is_causal=False,", "q, k, v, attn_mask, is_causal=True,"),
+    translator("cross-attention: mask of the memory ignored", CROSS, CROSS.replace("memory_mask", "None")),
+    translator("cross-attention: mask turned around", CROSS, CROSS.replace(
+        "memory_mask", "None if memory_mask is None else ~memory_mask if memory_mask.dtype == torch.bool else -memory_mask")),
+    translator("cross-attention: queries without their norm", CROSS, CROSS.replace(
+        "self._read(x, self.cross_attn_norm)", "x")),
+    translator("cross-attention: skip missing", CROSS_ADDED, CROSS_ADDED.replace(
+        "self._add(x, out,", "self._add(torch.zeros_like(x), out,")),
+    translator("cross-attention: last output projection forgotten", "out = self.o_proj(merge_heads(context)) ",
+               "out = merge_heads(context) "),
+    translator("cross-attention: reads the target, not the memory", "keys, values = _projected(self, memory)",
+               "keys, values = self.project_memory(x)"),
+    translator("feed-forward of 2017: no activation", "hidden = self.activation(self.up_proj(x)) ", "hidden = self.up_proj(x) "),
+    translator("feed-forward of 2017: activation at the end", "out = self.down_proj(self.dropout(hidden)) ",
+               "out = self.activation(self.down_proj(self.dropout(hidden))) "),
+    translator("feed-forward of 2017: gelu by another formula", '"gelu": F.gelu',
+               '"gelu": lambda x: F.gelu(x, approximate="tanh")'),
+    translator("feed-forward of 2017: bias kept", "self.up_proj = nn.Linear(d_model, d_ff, bias=bias)",
+               "self.up_proj = nn.Linear(d_model, d_ff)"),
+    translator("branches: pre-norm when post-norm is asked for", "return norm(x) if self.norm_first else x",
+               "return norm(x)"),
+    translator("branches: post-norm forgotten", NORMED_AFTER, "return x"),
+    translator("branches: norm on the branch, not on the sum", ADDED + "\n        " + NORMED_AFTER,
+               "return x + self.dropout(out) if self.norm_first else x + norm(self.dropout(out))"),
+    translator("branches: skip missing", ADDED, "x = self.dropout(out)"),
+    translator("branches: dropout forgotten", ADDED, "x = x + out"),
+    translator("branches: the stream is overwritten", ADDED, "x = x.add_(self.dropout(out))"),
+    translator("encoder layer: causal", ENCODER_NORMS, ENCODER_NORMS.replace("False", "True")),
+    translator("encoder layer: mask not passed on", "out = self.self_attn(self._read(x, self.self_attn_norm),\n"
+               "                             attn_mask=attn_mask,", "out = self.self_attn(self._read(x, self.self_attn_norm),"),
+    translator("decoder with memory: sees its future", "dropout=dropout, is_causal=is_causal)",
+               "dropout=dropout, is_causal=False)"),
+    translator("decoder with memory: cache not passed on", "self._read(x, self.self_attn_norm), cache=cache,",
+               "self._read(x, self.self_attn_norm), cache=None,"),
+    translator("decoder with memory: maps exchanged", "return (x, weights, looks) if return_weights else x",
+               "return (x, looks, weights) if return_weights else x"),
+    translator("copies from PyTorch: two norms exchanged", '"norm2": "cross_attn_norm",\n    "norm3": "feed_forward_norm"',
+               '"norm3": "cross_attn_norm",\n    "norm2": "feed_forward_norm"'),
+    translator("copies from PyTorch: linear1 and linear2 as one", '"linear2": "feed_forward.down_proj"',
+               '"linear1": "feed_forward.down_proj"'),
+    translator("copies from PyTorch: order of the norms ignored", "norm_first=layer.norm_first,\n                   bias=",
+               "\n                   bias="),
+    translator("copies from PyTorch: activation ignored", "activation=copy.deepcopy(layer.activation),", "activation=F.relu,"),
+    translator("copies from PyTorch: eps ignored", 'norm_eps=_one_of("eps", eps), **options)', "**options)"),
+    translator("Transformer: last norm of the encoder forgotten", "x = self.encoder_norm(x) ", "x = x "),
+    translator("Transformer: last norm of the decoder forgotten", "x = self.decoder_norm(x) ", "x = x "),
+    translator("Transformer: the first layer's cache for all", "cache=caches[i] if caches", "cache=caches[0] if caches"),
+    translator("Transformer: the first layer's memory for all", "else memory[i],", "else memory[0],"),
+    translator("Transformer: mask of the source for the target", TO_DECODER,
+               "tgt, memory, tgt_mask=src_may, memory_mask=tgt_may,"),
+    translator("Transformer: pads of the source only hidden in the encoder", TO_DECODER,
+               TO_DECODER.replace("src_may", "None")),
+    translator("embedding: not scaled", EMBEDDED, "x = table(ids)"),
+    translator("embedding: positions forgotten", "self.dropout(x + waves.to(x.dtype))", "self.dropout(x)"),
+    translator("embedding: positions count pads", PLACES, "place = (torch.ones_like(real).long().cumsum(1) - 1).clamp(min=0)"),
+    translator("embedding: first place is 1", PLACES, "place = real.long().cumsum(1).clamp(min=0)"),
+    translator("embedding: past forgotten", "waves = self.waves[past:past + ids.shape[1]] ",
+               "waves = self.waves[:ids.shape[1]] "),
+    translator("embedding: table of the other language", "self._embed(tgt_ids, self.tgt_embed,",
+               "self._embed(tgt_ids, self.src_embed,"),
+    translator("embedding: tied to a copy", "self.lm_head.weight = self.tgt_embed.weight",
+               "self.lm_head.weight = nn.Parameter(self.tgt_embed.weight.detach().clone())"),
+    translator("translate: starts with the end token", "(len(src_ids), 1), bos_id)", "(len(src_ids), 1), eos_id)"),
+    translator("translate: writes after the end", "best = best.masked_fill(ended, pad_id)", "best = best + 0"),
+    translator("translate: stops when any row has ended", "if ended.all():", "if ended.any():"),
+    translator("translate: never stops", "if ended.all():", "if False:"),
+    translator("translate: mask of the source lost", NEXT_MASK, NEXT_MASK.removeprefix("src_mask, ")),
+    translator("translate: source encoded without its mask", "model.encode(src_ids, src_mask), None",
+               "model.encode(src_ids), None"),
+    translator("translate: whole target again into the cache", STEP, STEP.replace("ids[:, -1:] if use_cache else ids", "ids")),
+    translator("translate: reads the last token alone", STEP, STEP.replace("ids[:, -1:] if use_cache else ids", "ids[:, -1:]")),
+    translator("translate: least likely token", "logits[:, -1:].argmax(-1)", "logits[:, -1:].argmin(-1)"),
+    translator("translate: prediction of the first place", "logits[:, -1:].argmax(-1)", "logits[:, :1].argmax(-1)"),
+]
+
+
 def killed_by_tests(bug):
     """The first test that fails with the bug planted, or None. In a forked process: torch is loaded, the package is not."""
     import pytest

@@ -4,6 +4,7 @@ import http.server
 import json
 import re
 import threading
+from base64 import b64decode
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
@@ -18,6 +19,7 @@ CACHE_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb
 KV_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "kv_calculator(" in p.read_text()]
 
 DIAL_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "rotary_dial(" in p.read_text()]
+STAGE_PAGES = [f"nbs/{p.stem}.html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "alignment_theatre(" in p.read_text()]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -562,6 +564,101 @@ def test_dials_on_one_page_move_alone(visit):
     assert tab.evaluate(names) == before
 
 
+def assert_stage_shows(figure, data, sample, at, layer, head):
+    """The figure shows the stored weights of that output; head H is the mean."""
+    source, output = data["tokens"][sample]
+    heads = data["heads"]
+    w = torch.tensor(list(b64decode(data["weights"][sample]))).view(-1, heads, len(output), len(source))[layer, :, at]
+    w = w.double().mean(0) if head == heads else w[head].double()
+    percents = [int(100 * x / 255 + .5 + 1e-9) for x in w.tolist()]
+    svg = figure.locator("svg")
+    assert svg.locator("text").evaluate_all("all => all.map(e => e.textContent)") == [*source, *output]
+    assert [float(x) for x in svg.locator("rect[height='12']").evaluate_all(
+        "all => all.map(e => e.getAttribute('fill-opacity'))")] == [p / 100 for p in percents]
+    threads = svg.locator("path").evaluate_all("all => all.map(e => [+e.getAttribute('stroke-opacity'), e.getAttribute('d')])")
+    xs = [int(x) for x in svg.locator("text").evaluate_all("all => all.map(e => e.getAttribute('x'))")]
+    assert [t[0] for t in threads] == [p / 100 for p in percents if p >= 3]
+    for (_, d), i in zip(threads, [i for i, p in enumerate(percents) if p >= 3]):
+        assert d.startswith(f"M{xs[len(source) + at]} ") and d.endswith(f" {xs[i]} {36 if i < 20 else 204}")
+    assert svg.locator(".now").count() == 1 and svg.locator(".later").count() == len(output) - at - 1
+    best = sorted(range(len(source)), key=lambda i: (-percents[i], i))[:3]
+    said = f"output {at}, {output[at]}: looks at " + ", ".join(f"{source[i]} ({i}) {percents[i]} %" for i in best)
+    assert figure.locator("output").text_content() == said
+    slider = figure.locator("input")
+    assert slider.get_attribute("aria-valuetext") == f"{at}, {output[at]}" and slider.get_attribute("max") == str(len(output) - 1)
+
+
+def drive_stage(figure):
+    """Keys move the output; menus change string, layer and head."""
+    data = json.loads(figure.locator("script").text_content())
+    slider, (strings, layers, heads) = figure.locator("input"), figure.locator("select").all()
+    sample, layer, head = (int(m.input_value()) for m in (strings, layers, heads))
+    assert_stage_shows(figure, data, sample, int(slider.input_value()), layer, head)
+    slider.press("End")
+    assert_stage_shows(figure, data, sample, len(data["tokens"][sample][1]) - 1, layer, head)
+    slider.press("Home")
+    for at in range(min(3, len(data["tokens"][sample][1]))):
+        assert_stage_shows(figure, data, sample, at, layer, head)
+        slider.press("ArrowRight")
+    for layer in range(layers.locator("option").count()):
+        layers.select_option(str(layer))
+        for head in range(data["heads"] + 1):
+            heads.select_option(str(head))
+            assert_stage_shows(figure, data, sample, int(slider.input_value()), layer, head)
+    slider.press("End")
+    for sample, (_, output) in enumerate(data["tokens"]):
+        strings.select_option(str(sample))
+        assert_stage_shows(figure, data, sample, int(slider.input_value()), layer, head)
+    strings.focus()
+    strings.press("Home")
+    assert_stage_shows(figure, data, 0, int(slider.input_value()), layer, head)
+
+
+@pytest.mark.parametrize("width, dark", [(1280, False), (360, True)], ids=["light", "dark-phone"])
+@pytest.mark.parametrize("page", STAGE_PAGES)
+def test_theatre_follows_the_keyboard(visit, page, width, dark):
+    tab = visit(page, width, dark)
+    figures = tab.locator(".attn-stage").all()
+    assert figures
+    for figure in figures:
+        drive_stage(figure)
+        for control in figure.locator("input, select").all():
+            box = control.bounding_box()
+            assert box["height"] >= 24 and box["x"] >= 0 and box["x"] + box["width"] <= width
+        sizes = figure.locator("svg text").evaluate_all("all => all.map(e => e.getBoundingClientRect().height)")
+        assert min(sizes) > 10
+        for role, name in (("slider", "output"), ("combobox", "string"), ("combobox", "layer"), ("combobox", "head")):
+            assert figure.get_by_role(role, name=name, exact=True).count() == 1
+    assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_theatres_on_one_page_move_alone(visit):
+    """And each shows the same before its script has run; a token is text, whatever is in it."""
+    from attn_nb.plot import alignment_theatre, slider_bars
+
+    torch.manual_seed(0)
+    one = alignment_theatre(
+        {"<i>": (["<b>", "&lt;", "\u0663", "\u25cc\u093e", *"a much longer source than before"], ["<", "&", "i"],
+                 torch.randn(3, 8, 3, 36).mul(4).softmax(-1)),
+         "short": ("ab", "cdefg", torch.full((3, 8, 5, 2), 1 / 16))}, alt="threads", start=(0, 1)).html
+    bars = slider_bars(torch.rand(2, 3), steps="pq", bars="abc", alt="bars").html
+    tab = visit("nbs/bibliography.html", 390)
+    parts = "all => all.map(e => e.outerHTML)"
+    shown = ".attn-stage :is(svg *, output)"
+    tab.set_content(re.sub(r"<script>.*</script>", "", one, flags=re.S))
+    still = tab.locator(shown).evaluate_all(parts)
+    tab.set_content(one)
+    assert tab.locator("[data-on]").count() == 1 and tab.locator(shown).evaluate_all(parts) == still
+    names = "() => Object.getOwnPropertyNames(window).length"
+    before = tab.evaluate(names)
+    tab.set_content(one + bars + one)
+    first, second = tab.locator(".attn-stage").all()
+    drive_stage(second)
+    assert_stage_shows(first, json.loads(first.locator("script").first.text_content()), 0, 1, 2, 8)
+    assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert tab.evaluate(names) == before
+
+
 CONTRAST = """() => {
   const rgb = s => s.match(/[\\d.]+/g).map(Number);
   const lum = c => { const [r, g, b] = c.slice(0, 3).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
@@ -572,7 +669,8 @@ CONTRAST = """() => {
   for (const e of document.querySelectorAll('article p, article li, article td, article th, article pre, article summary, ' +
                                             'article figcaption, article h1, article h2, article h3, .attn-slider text, ' +
                                             '.attn-mask :is(text, b, output), .attn-cache :is(text, output), ' +
-                                            '.attn-kv :is(text, b, select, output), .attn-dial :is(text, b, output)')) {
+                                            '.attn-kv :is(text, b, select, output), .attn-dial :is(text, b, output), ' +
+                                            '.attn-stage :is(text, select, output)')) {
     if (!e.textContent.trim() || !e.getClientRects().length) continue;
     const style = getComputedStyle(e), svg = e.namespaceURI.includes('svg'), ground = behind(e);
     let seen = 1;
@@ -595,10 +693,11 @@ def test_text_is_legible(visit, page, dark):
     assert tab.evaluate(CONTRAST) == []
 
 
-@pytest.mark.parametrize("page", sorted({"nbs/01_single_head.html", *MASK_PAGES, *KV_PAGES, *CACHE_PAGES, *DIAL_PAGES}))
+@pytest.mark.parametrize("page", sorted({"nbs/01_single_head.html", *MASK_PAGES, *KV_PAGES, *CACHE_PAGES, *DIAL_PAGES,
+                                         *STAGE_PAGES}))
 def test_dark_figures_have_no_light_card(visit, page):
     tab = visit(page, dark=True)
-    shown = "article :is(div.cell_output img, .attn-slider, .attn-mask, .attn-kv, .attn-cache, .attn-dial)"
+    shown = "article :is(div.cell_output img, .attn-slider, .attn-mask, .attn-kv, .attn-cache, .attn-dial, .attn-stage)"
     cards = tab.evaluate("""shown => [...document.querySelectorAll(shown)].filter(e => {
         const c = getComputedStyle(e), n = c.backgroundColor.match(/[\\d.]+/g).map(Number);
         return c.filter !== 'none' || ((n.length < 4 || n[3] > 0) && n[0] + n[1] + n[2] > 300);

@@ -123,7 +123,7 @@ def test_outputs(path):
             assert {"label", "fig-cap", "fig-alt"} <= directives.keys(), f"{cell.id}: label, caption and alt text"
             assert re.fullmatch(r"fig-[a-z-]+", directives["label"])
             assert len(directives["fig-alt"]) > 40
-        moving = re.search(r"slider_bars\(|mask_grid\(|kv_calculator\(|cache_steps\(|rotary_dial\(", body)
+        moving = re.search(r"slider_bars\(|mask_grid\(|kv_calculator\(|cache_steps\(|rotary_dial\(|alignment_theatre\(", body)
         if moving and not exported(cell) and "catches(" not in body:
             assert any("text/html" in o.get("data", {}) for o in cell.outputs), f"{cell.id}: no committed figure"
 

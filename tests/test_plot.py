@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from base64 import b64decode
 from decimal import ROUND_HALF_UP, Decimal
 from html import unescape
 from pathlib import Path
@@ -25,6 +26,7 @@ from attn_nb.plot import (  # noqa: E402
     COLORS,
     GREY,
     _size,
+    alignment_theatre,
     cache_steps,
     kv_calculator,
     mask_grid,
@@ -42,6 +44,9 @@ MODELS = {"small": {"num_layers": 2, "num_kv_heads": 1, "head_dim": 32, "weight_
 CARDS = {"24 GiB": 24 * 2**30, "a&b": 999_999_999}
 
 DIAL = torch.tensor([[1.0, 0.4], [0.9, 0.3]]), torch.tensor([[0.8, -0.3], [-0.7, 1.6]]), torch.tensor([0.5, 0.07])
+STAGE = {"<b>": ("a<b>", "1&\u0663\u0967", torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4) % 7 / 15),
+         "long": ("the quick brown fox jumps over a dog.", ["i", "ii", "<", "v", "\u25cc\u093e", "z"],
+                  torch.arange(2 * 3 * 6 * 37).view(2, 3, 6, 37) % 11 / 50)}
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +82,9 @@ def drawings():
     yield "cache_plain.html", cache_steps(torch.ones(1, 1), [1], max_len=1, alt="a cache", start=0)._repr_html_()
     yield "calculator.html", kv_calculator(MODELS, cards=CARDS, alt="a <bar>", start=1)._repr_html_()
     yield "dial.html", rotary_dial(*DIAL, alt="two <arrows>", length=9, start=(3, 8))._repr_html_()
+    yield "theatre.html", alignment_theatre(STAGE, alt="some <threads>", start=(1, 2))._repr_html_()
+    yield "theatre_short.html", alignment_theatre({"x": ("abc", "cba", torch.eye(3).expand(1, 1, 3, 3))},
+                                                    alt="threads")._repr_html_()
     yield "weights.svg", svg(plot_attention(scores.softmax(-1)))
     yield "masked.svg", svg(plot_attention(scores.softmax(-1), attn_mask=MASK, query_tokens="xyz", key_tokens="abcd",
                                            title="title"))
@@ -685,3 +693,73 @@ def test_dial_refuses_what_it_cannot_draw(changes, error, words):
     rotary_dial(**good, start=(24, 24))
     with pytest.raises(error, match=words):
         rotary_dial(**{**good, **changes})
+
+
+@pytest.mark.parametrize("start", [(0, 0), (0, 3), (1, 0), (1, 5)])
+def test_theatre_is_right_without_scripts(start):
+    html = alignment_theatre(STAGE, alt="x", start=start).html
+    source, output, weights = list(STAGE.values())[start[0]]
+    row = (weights * 255).round()[-1, :, start[1]].sum(0)
+    percents = [int(100 * s / (255 * len(weights[0])) + .5) for s in row.tolist()]
+    svg_, rest = html.split("</svg>")
+    texts = re.findall(r'<text( class="later")? x="(\d+)" y="(\d+)">(.*?)</text>', svg_)
+    assert [unescape(t[3]) for t in texts] == [*source, *output]
+    hidden = [bool(t[0]) for t in texts]
+    assert hidden == [False] * (len(source) + start[1] + 1) + [True] * (len(output) - start[1] - 1)
+    assert [t[2] for t in texts] == ["17" if i < 20 else "232" for i in range(len(source))] + ["123"] * len(output)
+    xs = [int(t[1]) for t in texts]
+    assert len(set(zip(xs, (t[2] for t in texts)))) == len(texts) and all(10 <= x <= 390 for x in xs)
+    shades = [float(s) for s in re.findall(r'height="12" fill-opacity="(.*?)"', svg_)]
+    assert shades == [p / 100 for p in percents]
+    threads = re.findall(r'stroke-opacity="(.*?)" d="M(\d+) (100|136)C.* (\d+) (36|204)"/>', svg_.replace("<path", "\n<path"))
+    assert [(float(o), int(x0), int(x), end) for o, x0, _, x, end in threads] == [
+        (p / 100, xs[len(source) + start[1]], xs[i], "36" if i < 20 else "204") for i, p in enumerate(percents) if p >= 3]
+    best = sorted(range(len(source)), key=lambda i: (-percents[i], i))[:3]
+    said = unescape(re.search(r'<output aria-live="polite">(.*?)</output>', rest)[1])
+    assert said == f"output {start[1]}, {output[start[1]]}: looks at " + ", ".join(
+        f"{source[i]} ({i}) {percents[i]} %" for i in best)
+
+
+def test_theatre_carries_the_tensors_and_is_small():
+    figure = alignment_theatre({k: (s, t, w.double().requires_grad_()) for k, (s, t, w) in STAGE.items()},
+                               alt='</svg>" onload="x', start=(1, 5))
+    html = figure._repr_html_()
+    data = json.loads(re.search(r'application/json">(.*?)</script>', html)[1])
+    assert data["tokens"] == [[[*s], [*t]] for s, t, _ in STAGE.values()] and data["heads"] == 3
+    for text, (*_, weights) in zip(data["weights"], STAGE.values()):
+        stored = torch.tensor(list(b64decode(text))).view(weights.shape) / 255
+        assert (stored - weights).abs().max() <= .5 / 255 + 1e-7
+    assert "http" not in html and "url(" not in html and " id=" not in html
+    assert 'onload="x' not in html and "<b>" not in html and repr(figure).startswith("[interactive figure] </svg>")
+    assert len(html.encode()) < 14_000
+    many = {f"string {i}": ("a" * 28, "2026-11-29.", torch.rand(2, 4, 11, 28)) for i in range(40)}
+    assert len(alignment_theatre(many, alt="x").html.encode()) < 180_000
+    full = {f"string {i}": ("a" * 40, "b" * 20, torch.rand(3, 1, 20, 40)) for i in range(62)}
+    assert len(alignment_theatre(full, alt="x").html.encode()) < 260_000
+
+
+@pytest.mark.parametrize("changes, error, words", [
+    ({"samples": []}, TypeError, "samples must be a mapping from names, got list"),
+    ({"samples": {}}, ValueError, "samples must have at least one name"),
+    ({"samples": {"x": ("ab", "c", [[1, 0]])}}, TypeError, r"samples\['x'\] must end in a tensor, got list"),
+    ({"samples": {"x": ("", "c", torch.ones(1, 1, 1, 0))}}, ValueError, "source tokens of 'x' must be in 1 .. 40, got 0"),
+    ({"samples": {"x": ("a" * 41, "c", torch.ones(1, 1, 1, 41))}}, ValueError, "source tokens of 'x' must be in 1 .. 40, got 41"),
+    ({"samples": {"x": ("a", "c" * 21, torch.ones(1, 1, 21, 1))}}, ValueError, "output tokens of 'x' must be in 1 .. 20, got 21"),
+    ({"samples": {"x": ("ab", "c", torch.ones(1, 1, 2))}}, ValueError, r"weights of 'x' must be \(L, H, 1, 2\), got \(1, 1, 2\)"),
+    ({"samples": {"x": ("ab", "c", torch.ones(1, 1, 2, 1))}}, ValueError, r"must be \(L, H, 1, 2\), got \(1, 1, 2, 1\)"),
+    ({"samples": {"x": ("a", "c", torch.full((1, 1, 1, 1), 1.1))}}, ValueError, "weights of 'x' must be from 0 to 1"),
+    ({"samples": {"x": ("a", "c", torch.full((1, 1, 1, 1), torch.nan))}}, ValueError, "weights of 'x' must be from 0 to 1"),
+    ({"samples": {"x": ("a", "c", torch.ones(1, 1, 1, 1)), "y": ("a", "c", torch.ones(1, 2, 1, 1))}}, ValueError,
+     r"the same L and H from 1 to 16, got \[\(1, 1\), \(1, 2\)\]"),
+    ({"samples": {"x": ("a", "c", torch.ones(1, 17, 1, 1))}}, ValueError, r"from 1 to 16, got \[\(1, 17\)\]"),
+    ({"samples": {i: ("a" * 40, "c" * 20, torch.zeros(16, 1, 20, 40)) for i in range(12)}}, ValueError,
+     "at most 150,000 weights, got 153,600"),
+    ({"start": (2, 0)}, ValueError, r"start\[0\] must be in 0 .. 1, got 2"), ({"start": (0, 4)}, ValueError, "in 0 .. 3, got 4"),
+    ({"start": (0,)}, ValueError, r"start must be a sample and an output, got \(0,\)"),
+    ({"start": (0, 1.0)}, TypeError, r"start\[1\] must be an int"),
+])
+def test_theatre_refuses_what_it_cannot_draw(changes, error, words):
+    good = {"samples": STAGE, "alt": "x"}
+    alignment_theatre(**good, start=(1, 5))
+    with pytest.raises(error, match=words):
+        alignment_theatre(**{**good, **changes})

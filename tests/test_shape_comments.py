@@ -10,6 +10,7 @@ import torch
 from attn_nb.causal import causal_mask, mask_from_mha, padding_mask
 from attn_nb.decoder_layer import DecoderLayer
 from attn_nb.dropout import CausalAttention
+from attn_nb.encoder_decoder import Seq2SeqTransformer, translate
 from attn_nb.grouped_query import GroupedQueryAttention, grouped_attention, repeat_kv
 from attn_nb.multi_head import MultiHeadAttention
 from attn_nb.multi_head_wrapper import MultiHeadAttentionWrapper
@@ -93,6 +94,9 @@ def test_every_shape_comment_of_the_package_has_run():
         GroupedQueryAttention(8, 4, 2)(query, return_weights=weights_too)
     config = SimpleNamespace(d_model=8, num_heads=4, num_kv_heads=2, d_ff=6, norm_eps=1e-6)
     DecoderLayer(config)(query, rope=(torch.ones(1, 4, 1), torch.zeros(1, 4, 1)))
+    seq, ids = Seq2SeqTransformer(5, 7, 8, 2, 1, 1, 6), torch.ones(2, 4, dtype=torch.long)
+    seq(ids, ids[:, :3], ids == 1, ids[:, :3] == 1)
+    translate(seq, ids, max_new_tokens=2, bos_id=1, eos_id=2, return_weights=True)
     assert_cache_equals_full(lambda new, past: (
         total := (0 if past is None else past) + new.cumsum(1), total[:, -1:]), query)
     heads = torch.randn(2, 6, 4, 8)
