@@ -92,7 +92,7 @@ def test_every_shape_comment_of_the_package_has_run():
         MultiHeadAttentionWrapper(8, 3, 4, 0.5, num_heads=2)(query, return_weights=weights_too)
         MultiHeadAttention(8, 6, 6, 0.5, num_heads=2, v_in=3)(query, key, value, return_weights=weights_too)
         GroupedQueryAttention(8, 4, 2)(query, return_weights=weights_too)
-    config = SimpleNamespace(d_model=8, num_heads=4, num_kv_heads=2, d_ff=6, norm_eps=1e-6)
+    config = SimpleNamespace(d_model=8, num_heads=4, num_kv_heads=2, d_ff=6, norm_eps=1e-6, qk_norm=True)
     DecoderLayer(config)(query, rope=(torch.ones(1, 4, 1), torch.zeros(1, 4, 1)))
     seq, ids = Seq2SeqTransformer(5, 7, 8, 2, 1, 1, 6), torch.ones(2, 4, dtype=torch.long)
     seq(ids, ids[:, :3], ids == 1, ids[:, :3] == 1)
