@@ -12,6 +12,7 @@ from attn_nb.decoder_layer import DecoderLayer
 from attn_nb.dropout import CausalAttention
 from attn_nb.encoder_decoder import Seq2SeqTransformer, translate
 from attn_nb.grouped_query import GroupedQueryAttention, grouped_attention, repeat_kv
+from attn_nb.language_model import DecoderConfig, DecoderLM, generate
 from attn_nb.multi_head import MultiHeadAttention
 from attn_nb.multi_head_wrapper import MultiHeadAttentionWrapper
 from attn_nb.plot import plot_attention, rotary_dial, slider_bars
@@ -94,6 +95,11 @@ def test_every_shape_comment_of_the_package_has_run():
         GroupedQueryAttention(8, 4, 2)(query, return_weights=weights_too)
     config = SimpleNamespace(d_model=8, num_heads=4, num_kv_heads=2, d_ff=6, norm_eps=1e-6, qk_norm=True)
     DecoderLayer(config)(query, rope=(torch.ones(1, 4, 1), torch.zeros(1, 4, 1)))
+    lm, ids = DecoderLM(DecoderConfig(9, 8, 2, 4, 2, 6, windows=(2, None))), torch.ones(2, 4, dtype=torch.long)
+    lm(ids, ids, labels=ids)
+    lm(ids)
+    generate(lm, ids, max_new_tokens=2)
+    generate(lm, ids, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), max_new_tokens=2, do_sample=True, top_k=4, top_p=0.5)
     seq, ids = Seq2SeqTransformer(5, 7, 8, 2, 1, 1, 6), torch.ones(2, 4, dtype=torch.long)
     seq(ids, ids[:, :3], ids == 1, ids[:, :3] == 1)
     translate(seq, ids, max_new_tokens=2, bos_id=1, eos_id=2, return_weights=True)
