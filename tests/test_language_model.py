@@ -935,9 +935,9 @@ def test_sampling_by_hand():
 
 
 @pytest.mark.parametrize("options, error, words", [
-    ({"logits": None}, TypeError, r"logits must be a float tensor \(..., V\), got NoneType"),
+    ({"logits": None}, TypeError, r"logits must be a float tensor \(..., Vocab\), got NoneType"),
     ({"logits": torch.arange(4)}, TypeError, "logits must be a float tensor .* got torch.int64"),
-    ({"logits": torch.zeros(())}, ValueError, r"logits must be \(..., V\), got shape \(\)"),
+    ({"logits": torch.zeros(())}, ValueError, r"logits must be \(..., Vocab\), got shape \(\)"),
     ({"logits": torch.zeros(3, 0)}, ValueError, r"logits must be .* got shape \(3, 0\)"),
     ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0, got 0.0"),
     ({"temperature": -1}, ValueError, "temperature must be finite and above 0, got -1"),
