@@ -604,7 +604,7 @@ class DecoderLM(nn.Module):
                 for _ in range(self.config.num_layers)]
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike,
+    def from_pretrained(cls, path: str | Path,
                         dtype: torch.dtype | None = None,
                         device: torch.device | str = "cpu") -> "DecoderLM":
         """A model from a directory in Hugging Face's format.
@@ -630,7 +630,7 @@ class DecoderLM(nn.Module):
         """
         return _load(cls, Path(path), dtype, device)
 
-    def save_pretrained(self, path: str | os.PathLike) -> None:
+    def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors; transformers reads them.
 
         Args:
@@ -804,7 +804,7 @@ def generate(model: DecoderLM, input_ids: Tensor,
         on_token: called with the tokens (B,) of each step, as they are
             written.
     Returns:
-        (B, T + written), in the dtype of input_ids: the prompts too. It is
+        ids (B, T + written) in the dtype of input_ids, prompts included,
         as long as the longest text.
     Raises:
         TypeError: an argument is of a wrong kind.
