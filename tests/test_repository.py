@@ -119,7 +119,7 @@ def test_mutation_report_is_complete():
     """Every module or a word that it was not counted; at least nine in ten killed, every survivor explained."""
     report = (ROOT / "nbs/_generated/mutation.md").read_text()
     rows = dict(re.findall(r"^\| (\w+) \| \d+ \| \d+ \| ([\d.]+)% \|$", report, re.M))
-    later = set(re.findall(r"^\* `(\w+)`: not counted yet", report, re.M))       # the page says so
+    later = set(re.findall(r"^\* `(\w+)`: not counted yet", (ROOT / "nbs/quality.md").read_text(), re.M))       # the page says so
     assert not later & set(rows) and set(rows) | later == {
         p.stem for p in (ROOT / "attn_nb").glob("*.py") if not p.stem.startswith("_")}
     assert all(float(share) >= 90 for share in rows.values()) and "Not explained" not in report
