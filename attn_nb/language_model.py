@@ -183,200 +183,6 @@ class DecoderConfig:
         raise ValueError("these settings must be those of one family of "
                          f"{', '.join(_FAMILIES)}, got {self}")
 
-# %% ../nbs/10_language_model.ipynb #families
-_WINDOW = {"use_sliding_window": False, "sliding_window": 4096,
-           "max_window_layers": 28, "layer_types": None}
-_FAMILIES = {    # options of a family, and what a missing one means
-    "llama": {"num_key_value_heads": None, "attention_bias": False,
-              "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096,
-                "bos_token_id": 1, "eos_token_id": 2},
-    "qwen2": {"num_key_value_heads": 32, **_WINDOW},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128,
-              "attention_bias": False, **_WINDOW},
-    "smollm3": {"num_key_value_heads": 4, "attention_bias": False,
-                "mlp_bias": False, "no_rope_layers": None,
-                "no_rope_layer_interval": 4, "rope_theta": 2000000.0,
-                "tie_word_embeddings": True, "bos_token_id": 128000,
-                "eos_token_id": 128001, "pad_token_id": 128004, **_WINDOW,
-                "sliding_window": None}}
-_LENGTHS = {"llama": 2048, "mistral": 131072}    # of others 32768
-_NEEDED = {"vocab_size": "vocab_size", "hidden_size": "d_model",
-           "num_hidden_layers": "num_layers",
-           "num_attention_heads": "num_heads", "intermediate_size": "d_ff"}
-_SAME = ("bos_token_id", "eos_token_id", "pad_token_id", "head_dim")
-_NAMES = {"rms_norm_eps": "norm_eps", "attention_dropout": "dropout",
-          "tie_word_embeddings": "tie_embeddings",
-          "max_position_embeddings": "context_length",
-          **{name: name for name in _SAME}}
-_UNKNOWN = (     # options that would change the model, of no family here
-    "quantization_config", "compression_config", "rope_interleaved",
-    "is_encoder_decoder", "add_cross_attention", "clip_qkv", "qk_layernorm",
-    "use_qk_norm", "num_experts", "num_local_experts", "logit_scale",
-    "logits_scaling", "embedding_multiplier", "residual_multiplier",
-    "attention_multiplier", "attn_logit_softcapping",
-    "final_logit_softcapping", "query_pre_attn_scalar")
-
-# %% ../nbs/10_language_model.ipynb #read-family
-def _read_family(config: dict) -> dict:
-    """The config with its family's defaults; raise if it asks for more."""
-    if not isinstance(config, dict):
-        raise TypeError("config must be a dict, got "
-                        f"{type(config).__name__}")
-    family = config.get("model_type")
-    if family not in [*_FAMILIES]:
-        raise ValueError("model_type must be one of "
-                         f"{', '.join(_FAMILIES)}, got {str(family)[:80]!r}")
-    missing = [name for name in _NEEDED if config.get(name) is None]
-    if missing:
-        raise ValueError(f"config must have {', '.join(missing)}")
-    own = _FAMILIES[family]
-    options = {name for other in _FAMILIES.values() for name in other}
-    foreign = [*_UNKNOWN, *sorted(options - own.keys() - {
-        "head_dim", "rope_theta", "tie_word_embeddings", "bos_token_id",
-        "eos_token_id", "pad_token_id", "max_window_layers",
-        "no_rope_layer_interval"})]
-    usual = {"hidden_act": ("silu", "swish"), "is_causal": (True,)}
-    for name in (*usual, *foreign):
-        value = config.get(name, usual.get(name, (None,))[0])
-        fine = value in usual[name] if name in usual else not value or (
-            name == "layer_types" and isinstance(value, list)
-            and {*map(str, value)} == {"full_attention"})
-        if not fine:
-            raise ValueError(f"{name}={str(value)[:80]} is not supported for "
-                             f"model_type {family!r}")
-    return {**own, **config}
-
-# %% ../nbs/10_language_model.ipynb #settings
-def _settings(given: dict) -> dict:
-    """A Hugging Face config in our names: the arguments of DecoderConfig."""
-    num_layers, family = given["num_hidden_layers"], given["model_type"]
-    _check_length("num_hidden_layers", num_layers, least=1)
-    num_layers = min(num_layers, 10_001)     # more is refused later
-    if given["num_key_value_heads"] is None:
-        given = {**given, "num_key_value_heads": given["num_attention_heads"]}
-    names = {**_NEEDED, **_NAMES, "num_key_value_heads": "num_kv_heads"}
-    found = {ours: given[name] for name, ours in names.items()
-             if name in given}
-    bias = given.get("attention_bias", False)
-    rope_layers = _rope_layers(given, num_layers)
-    theta, scaling = _rope_settings(given)
-    return {**found, "qkv_bias": family == "qwen2" or bias, "out_bias": bias,
-            "mlp_bias": given.get("mlp_bias", False),
-            "qk_norm": family == "qwen3", "rope_layers": rope_layers,
-            "windows": _windows(given, num_layers, rope_layers),
-            "rope_theta": theta, "rope_scaling": scaling}
-
-
-def _rope_layers(given: dict, num_layers: int) -> tuple | None:
-    """Which layers turn queries and keys; None for all."""
-    if given["model_type"] != "smollm3":
-        return None
-    turns = given["no_rope_layers"]          # 1 means that it does turn
-    if turns is None:
-        every = given["no_rope_layer_interval"]
-        _check_length("no_rope_layer_interval", every, least=1)
-        return tuple((i + 1) % every != 0 for i in range(num_layers))
-    if not isinstance(turns, list) or len(turns) < num_layers or not all(
-            isinstance(turn, int) and turn in (0, 1) for turn in turns):
-        raise ValueError("no_rope_layers must be a list of 0 or 1 for each "
-                         f"layer, got {str(turns)[:80]}")
-    return tuple(map(bool, turns[:num_layers]))
-
-# %% ../nbs/10_language_model.ipynb #windows
-def _windows(given: dict, num_layers: int, rope_layers: tuple | None
-             ) -> tuple | None:
-    """How many keys a query of each layer sees; None for all."""
-    own = {name: given[name] for name in _FAMILIES[given["model_type"]]}
-    window, kinds = own.get("sliding_window"), own.get("layer_types")
-    if not own.get("use_sliding_window", True):
-        window = None
-    if kinds is None and window is None:
-        return None
-    if kinds is None:
-        kinds = _layer_kinds(given, num_layers, rope_layers)
-    known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(
-            isinstance(kind, str) and kind in known for kind in kinds):
-        raise ValueError("layer_types must be a list of full_attention or "
-                         "sliding_attention for each layer, got "
-                         f"{str(kinds)[:80]}")
-    if window is None and "sliding_attention" in kinds:
-        raise ValueError("layer_types must not have sliding_attention "
-                         "without a sliding_window in use")
-    return tuple(known[kind] for kind in kinds)
-
-
-def _layer_kinds(given: dict, num_layers: int, rope_layers: tuple | None
-                 ) -> list[str]:
-    """Which layers have the window, if the config does not list them."""
-    first = given.get("max_window_layers", 0)
-    if given["model_type"] == "mistral":
-        first = 0
-    _check_length("max_window_layers", first)
-    slides = [i >= first if rope_layers is None else not rope_layers[i]
-              for i in range(num_layers)]
-    return ["sliding_attention" if slide else "full_attention"
-            for slide in slides]
-
-# %% ../nbs/10_language_model.ipynb #rope-settings
-def _rope_settings(given: dict) -> tuple[float, dict | None]:
-    """theta and scaling from the newer keys or the older ones."""
-    rules = given.get("rope_scaling") or given.get("rope_parameters") or {}
-    if not isinstance(rules, dict):
-        raise TypeError("rope_scaling must be a dict, got "
-                        f"{type(rules).__name__}")
-    rules = {name: x for name, x in rules.items() if x is not None}
-    for part in (rules.pop("partial_rotary_factor", 1),
-                 given.get("partial_rotary_factor", 1)):
-        if part not in (None, 1):
-            raise ValueError(f"partial_rotary_factor={str(part)[:80]} is not "
-                             "supported")
-    theta = rules.pop("rope_theta", given.get("rope_theta") or 10000.0)
-    old, longest = "original_max_position_embeddings", given.get(
-        "max_position_embeddings", _LENGTHS.get(given["model_type"], 32768))
-    kind = rules.get("rope_type", rules.get("type"))
-    if kind in ("llama3", "yarn"):       # the length before scaling
-        rules[old] = given.get(old) or rules.get(old) or longest
-    if kind == "dynamic":
-        rules[old] = longest
-    return theta, {name: x for name, x in rules.items()
-                   if x is not None} or None
-
-# %% ../nbs/10_language_model.ipynb #to-family
-_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
-            "qwen3": "Qwen3", "smollm3": "SmolLM3"}
-
-
-def _to_family(config: "DecoderConfig", family: str) -> dict:
-    """A Hugging Face config; what the family has no option for is lost."""
-    windows = config.windows or (None,) * config.num_layers
-    window = max((w for w in windows if w is not None), default=None)
-    options = {
-        "attention_bias": config.out_bias, "mlp_bias": config.mlp_bias,
-        "sliding_window": window, "use_sliding_window": window is not None,
-        "max_window_layers": config.num_layers,
-        "layer_types": ["full_attention" if w is None else
-                        "sliding_attention" for w in windows],
-        "no_rope_layers": [int(turn) for turn in config.rope_layers
-                           or (True,) * config.num_layers]}
-    names = {**_NEEDED, **_NAMES, "num_key_value_heads": "num_kv_heads"}
-    settings = {theirs: getattr(config, ours)
-                for theirs, ours in names.items()}
-    if settings["max_position_embeddings"] is None:
-        del settings["max_position_embeddings"]
-    if isinstance(config.eos_token_id, tuple):
-        settings["eos_token_id"] = list(config.eos_token_id)
-    scaling = dict(config.rope_scaling or {"rope_type": "default"})
-    if scaling["rope_type"] == "dynamic":    # it is the context length
-        del scaling["original_max_position_embeddings"]
-    return {"architectures": [f"{_CLASSES[family]}ForCausalLM"],
-            "model_type": family, "hidden_act": "silu", **settings,
-            **{name: options[name] for name in _FAMILIES[family]
-               if name in options},
-            "rope_theta": config.rope_theta, "rope_scaling": scaling,
-            "rope_parameters": {"rope_theta": config.rope_theta, **scaling}}
-
 # %% ../nbs/10_language_model.ipynb #decoder-stack
 class _Decoder(nn.Module):
     """The table of tokens, the layers, and the last norm."""
@@ -857,6 +663,200 @@ def _pick(logits: Tensor, do_sample: bool, options: tuple,
         return logits.argmax(-1)                             # (B,)
     shares = process_logits(logits, *options).softmax(-1)    # (B, Vocab)
     return torch.multinomial(shares, 1, generator=generator)[:, 0]
+
+# %% ../nbs/10_language_model.ipynb #families
+_WINDOW = {"use_sliding_window": False, "sliding_window": 4096,
+           "max_window_layers": 28, "layer_types": None}
+_FAMILIES = {    # options of a family, and what a missing one means
+    "llama": {"num_key_value_heads": None, "attention_bias": False,
+              "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096,
+                "bos_token_id": 1, "eos_token_id": 2},
+    "qwen2": {"num_key_value_heads": 32, **_WINDOW},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128,
+              "attention_bias": False, **_WINDOW},
+    "smollm3": {"num_key_value_heads": 4, "attention_bias": False,
+                "mlp_bias": False, "no_rope_layers": None,
+                "no_rope_layer_interval": 4, "rope_theta": 2000000.0,
+                "tie_word_embeddings": True, "bos_token_id": 128000,
+                "eos_token_id": 128001, "pad_token_id": 128004, **_WINDOW,
+                "sliding_window": None}}
+_LENGTHS = {"llama": 2048, "mistral": 131072}    # of others 32768
+_NEEDED = {"vocab_size": "vocab_size", "hidden_size": "d_model",
+           "num_hidden_layers": "num_layers",
+           "num_attention_heads": "num_heads", "intermediate_size": "d_ff"}
+_SAME = ("bos_token_id", "eos_token_id", "pad_token_id", "head_dim")
+_NAMES = {"rms_norm_eps": "norm_eps", "attention_dropout": "dropout",
+          "tie_word_embeddings": "tie_embeddings",
+          "max_position_embeddings": "context_length",
+          **{name: name for name in _SAME}}
+_UNKNOWN = (     # options that would change the model, of no family here
+    "quantization_config", "compression_config", "rope_interleaved",
+    "is_encoder_decoder", "add_cross_attention", "clip_qkv", "qk_layernorm",
+    "use_qk_norm", "num_experts", "num_local_experts", "logit_scale",
+    "logits_scaling", "embedding_multiplier", "residual_multiplier",
+    "attention_multiplier", "attn_logit_softcapping",
+    "final_logit_softcapping", "query_pre_attn_scalar")
+
+# %% ../nbs/10_language_model.ipynb #read-family
+def _read_family(config: dict) -> dict:
+    """The config with its family's defaults; raise if it asks for more."""
+    if not isinstance(config, dict):
+        raise TypeError("config must be a dict, got "
+                        f"{type(config).__name__}")
+    family = config.get("model_type")
+    if family not in [*_FAMILIES]:
+        raise ValueError("model_type must be one of "
+                         f"{', '.join(_FAMILIES)}, got {str(family)[:80]!r}")
+    missing = [name for name in _NEEDED if config.get(name) is None]
+    if missing:
+        raise ValueError(f"config must have {', '.join(missing)}")
+    own = _FAMILIES[family]
+    options = {name for other in _FAMILIES.values() for name in other}
+    foreign = [*_UNKNOWN, *sorted(options - own.keys() - {
+        "head_dim", "rope_theta", "tie_word_embeddings", "bos_token_id",
+        "eos_token_id", "pad_token_id", "max_window_layers",
+        "no_rope_layer_interval"})]
+    usual = {"hidden_act": ("silu", "swish"), "is_causal": (True,)}
+    for name in (*usual, *foreign):
+        value = config.get(name, usual.get(name, (None,))[0])
+        fine = value in usual[name] if name in usual else not value or (
+            name == "layer_types" and isinstance(value, list)
+            and {*map(str, value)} == {"full_attention"})
+        if not fine:
+            raise ValueError(f"{name}={str(value)[:80]} is not supported for "
+                             f"model_type {family!r}")
+    return {**own, **config}
+
+# %% ../nbs/10_language_model.ipynb #settings
+def _settings(given: dict) -> dict:
+    """A Hugging Face config in our names: the arguments of DecoderConfig."""
+    num_layers, family = given["num_hidden_layers"], given["model_type"]
+    _check_length("num_hidden_layers", num_layers, least=1)
+    num_layers = min(num_layers, 10_001)     # more is refused later
+    if given["num_key_value_heads"] is None:
+        given = {**given, "num_key_value_heads": given["num_attention_heads"]}
+    names = {**_NEEDED, **_NAMES, "num_key_value_heads": "num_kv_heads"}
+    found = {ours: given[name] for name, ours in names.items()
+             if name in given}
+    bias = given.get("attention_bias", False)
+    rope_layers = _rope_layers(given, num_layers)
+    theta, scaling = _rope_settings(given)
+    return {**found, "qkv_bias": family == "qwen2" or bias, "out_bias": bias,
+            "mlp_bias": given.get("mlp_bias", False),
+            "qk_norm": family == "qwen3", "rope_layers": rope_layers,
+            "windows": _windows(given, num_layers, rope_layers),
+            "rope_theta": theta, "rope_scaling": scaling}
+
+
+def _rope_layers(given: dict, num_layers: int) -> tuple | None:
+    """Which layers turn queries and keys; None for all."""
+    if given["model_type"] != "smollm3":
+        return None
+    turns = given["no_rope_layers"]          # 1 means that it does turn
+    if turns is None:
+        every = given["no_rope_layer_interval"]
+        _check_length("no_rope_layer_interval", every, least=1)
+        return tuple((i + 1) % every != 0 for i in range(num_layers))
+    if not isinstance(turns, list) or len(turns) < num_layers or not all(
+            isinstance(turn, int) and turn in (0, 1) for turn in turns):
+        raise ValueError("no_rope_layers must be a list of 0 or 1 for each "
+                         f"layer, got {str(turns)[:80]}")
+    return tuple(map(bool, turns[:num_layers]))
+
+# %% ../nbs/10_language_model.ipynb #windows
+def _windows(given: dict, num_layers: int, rope_layers: tuple | None
+             ) -> tuple | None:
+    """How many keys a query of each layer sees; None for all."""
+    own = {name: given[name] for name in _FAMILIES[given["model_type"]]}
+    window, kinds = own.get("sliding_window"), own.get("layer_types")
+    if not own.get("use_sliding_window", True):
+        window = None
+    if kinds is None and window is None:
+        return None
+    if kinds is None:
+        kinds = _layer_kinds(given, num_layers, rope_layers)
+    known = {"full_attention": None, "sliding_attention": window}
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(
+            isinstance(kind, str) and kind in known for kind in kinds):
+        raise ValueError("layer_types must be a list of full_attention or "
+                         "sliding_attention for each layer, got "
+                         f"{str(kinds)[:80]}")
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError("layer_types must not have sliding_attention "
+                         "without a sliding_window in use")
+    return tuple(known[kind] for kind in kinds)
+
+
+def _layer_kinds(given: dict, num_layers: int, rope_layers: tuple | None
+                 ) -> list[str]:
+    """Which layers have the window, if the config does not list them."""
+    first = given.get("max_window_layers", 0)
+    if given["model_type"] == "mistral":
+        first = 0
+    _check_length("max_window_layers", first)
+    slides = [i >= first if rope_layers is None else not rope_layers[i]
+              for i in range(num_layers)]
+    return ["sliding_attention" if slide else "full_attention"
+            for slide in slides]
+
+# %% ../nbs/10_language_model.ipynb #rope-settings
+def _rope_settings(given: dict) -> tuple[float, dict | None]:
+    """theta and scaling from the newer keys or the older ones."""
+    rules = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    if not isinstance(rules, dict):
+        raise TypeError("rope_scaling must be a dict, got "
+                        f"{type(rules).__name__}")
+    rules = {name: x for name, x in rules.items() if x is not None}
+    for part in (rules.pop("partial_rotary_factor", 1),
+                 given.get("partial_rotary_factor", 1)):
+        if part not in (None, 1):
+            raise ValueError(f"partial_rotary_factor={str(part)[:80]} is not "
+                             "supported")
+    theta = rules.pop("rope_theta", given.get("rope_theta") or 10000.0)
+    old, longest = "original_max_position_embeddings", given.get(
+        "max_position_embeddings", _LENGTHS.get(given["model_type"], 32768))
+    kind = rules.get("rope_type", rules.get("type"))
+    if kind in ("llama3", "yarn"):       # the length before scaling
+        rules[old] = given.get(old) or rules.get(old) or longest
+    if kind == "dynamic":
+        rules[old] = longest
+    return theta, {name: x for name, x in rules.items()
+                   if x is not None} or None
+
+# %% ../nbs/10_language_model.ipynb #to-family
+_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
+            "qwen3": "Qwen3", "smollm3": "SmolLM3"}
+
+
+def _to_family(config: "DecoderConfig", family: str) -> dict:
+    """A Hugging Face config; what the family has no option for is lost."""
+    windows = config.windows or (None,) * config.num_layers
+    window = max((w for w in windows if w is not None), default=None)
+    options = {
+        "attention_bias": config.out_bias, "mlp_bias": config.mlp_bias,
+        "sliding_window": window, "use_sliding_window": window is not None,
+        "max_window_layers": config.num_layers,
+        "layer_types": ["full_attention" if w is None else
+                        "sliding_attention" for w in windows],
+        "no_rope_layers": [int(turn) for turn in config.rope_layers
+                           or (True,) * config.num_layers]}
+    names = {**_NEEDED, **_NAMES, "num_key_value_heads": "num_kv_heads"}
+    settings = {theirs: getattr(config, ours)
+                for theirs, ours in names.items()}
+    if settings["max_position_embeddings"] is None:
+        del settings["max_position_embeddings"]
+    if isinstance(config.eos_token_id, tuple):
+        settings["eos_token_id"] = list(config.eos_token_id)
+    scaling = dict(config.rope_scaling or {"rope_type": "default"})
+    if scaling["rope_type"] == "dynamic":    # it is the context length
+        del scaling["original_max_position_embeddings"]
+    return {"architectures": [f"{_CLASSES[family]}ForCausalLM"],
+            "model_type": family, "hidden_act": "silu", **settings,
+            **{name: options[name] for name in _FAMILIES[family]
+               if name in options},
+            "rope_theta": config.rope_theta, "rope_scaling": scaling,
+            "rope_parameters": {"rope_theta": config.rope_theta, **scaling}}
 
 # %% ../nbs/10_language_model.ipynb #read-json
 def _read_json(path: Path, most: int = 2 ** 24) -> dict:
