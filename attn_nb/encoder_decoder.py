@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .causal import (_attend, _check_flag, _check_length, _is_integer,
+from .causal import (_check_flag, _check_length, _is_integer,
                             padding_mask)
 from .decoder_layer import _check_eps
-from .grouped_query import GroupedQueryAttention
+from .grouped_query import GroupedQueryAttention, _grouped
 from .kv_cache import KVCache
+from .language_model import _check_past, _evaluating, _positions
 from .multi_head import (MultiHeadAttention, _state_for_torch,
                                 _state_from_torch, merge_heads, split_heads)
 from .positions import sinusoidal_positions
@@ -232,7 +233,7 @@ class _CrossAttention(MultiHeadAttention):
         H = self.num_heads
         k = split_heads(self.k_proj(memory), H)          # (..., H, Tk, Dh)
         v = split_heads(self.v_proj(memory), H)          # (..., H, Tk, Dh)
-        return k, v
+        return k.contiguous(), v.contiguous()        # read at each step
 
     def read(self, x: Tensor, keys: Tensor, values: Tensor, *,
              attn_mask: Tensor | None, return_weights: bool
@@ -240,10 +241,11 @@ class _CrossAttention(MultiHeadAttention):
         """What the tokens of x (..., Tq, D) find, and where."""
         q = split_heads(self.q_proj(x), self.num_heads)  # (..., H, Tq, Dh)
         q, k, v = (t[None].flatten(0, -4) for t in (q, keys, values))
-        context, weights = _attend(
-            q, k, v, attn_mask, is_causal=False,
+        found = _grouped(
+            q, k, v, attn_mask, is_causal=False, offset=0, scale=None,
             dropout_p=self.dropout.p if self.dropout.training else 0.0,
             return_weights=return_weights)
+        context, weights = found if return_weights else (found, None)
         out = self.o_proj(merge_heads(context))          # (B, Tq, D)
         out = out.reshape(*x.shape[:-1], out.shape[-1])  # (..., Tq, D)
         if weights is not None:
@@ -397,7 +399,12 @@ def _projected(layer: CrossDecoderLayer, memory: _Memory
 def _check_memory(layer: CrossDecoderLayer, x: Tensor, keys: Tensor,
                   values: Tensor, memory_mask: Tensor | None) -> None:
     """Raise unless x may read these keys; before a cache is written."""
-    attend = layer.self_attn
+    attend, like = layer.self_attn, layer.self_attn.q_proj.weight
+    for name, t in (("keys", keys), ("values", values)):
+        if t.device != x.device or t.dtype != like.dtype and not \
+                torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} of memory must be {like.dtype} on "
+                            f"{x.device}, got {t.dtype} on {t.device}")
     want = (*x.shape[:-2], attend.num_heads)
     shapes = {"keys": tuple(keys.shape), "values": tuple(values.shape)}
     if keys.shape != values.shape or keys.dim() != x.dim() + 1 or \
@@ -434,8 +441,9 @@ def _torch_parts(layer: nn.Module) -> tuple[type, dict, dict]:
 
 def _plain(layer: object, wanted: type) -> bool:
     """Is it of that class, computing what the class computes?"""
-    return isinstance(layer, wanted) and (
-        type(layer).forward is wanted.forward)
+    return isinstance(layer, wanted) and all(
+        getattr(type(layer), name, None) is getattr(wanted, name, None)
+        for name in ("forward", "_sa_block", "_mha_block", "_ff_block"))
 
 
 def _one_of(name: str, values: set) -> float:
@@ -610,7 +618,9 @@ class Transformer(nn.Module):
                 list has not one entry for each layer.
         """
         x, maps, looks = tgt, [], []
-        _check_entries(self.decoder_layers, memory=memory, caches=caches)
+        _check_entries(self.decoder_layers, memory=memory)
+        if caches is not None:
+            _check_entries(self.decoder_layers, caches=caches)
         for i, layer in enumerate(self.decoder_layers):
             out = layer(
                 x, memory if isinstance(memory, Tensor) else memory[i],
@@ -691,9 +701,12 @@ class Transformer(nn.Module):
 
 # %% ../nbs/11_encoder_decoder.ipynb #check-entries
 def _check_entries(layers: nn.ModuleList, **given: object) -> None:
-    """Raise unless each list has one entry for each layer."""
+    """Raise unless each is a tensor, or a list, an entry for each layer."""
     for name, items in given.items():
-        if isinstance(items, (list, tuple)) and len(items) != len(layers):
+        if not isinstance(items, (Tensor, list, tuple)):
+            raise TypeError(f"{name} must be a tensor or a list, got "
+                            f"{type(items).__name__}")
+        if not isinstance(items, Tensor) and len(items) != len(layers):
             raise ValueError(f"{name} must have one entry for each of "
                              f"{len(layers)} layers, got {len(items)}")
 
@@ -770,14 +783,19 @@ def _check_ids(name: str, ids: Tensor, past: int, most: int) -> None:
                          f"{past} tokens before and {ids.shape[1]} more")
 
 
-def _real_keys(name: str, real: Tensor | None, ids: Tensor, past: int
+def _real_keys(name: str, real: Tensor | None, want: tuple[int, int]
                ) -> Tensor | None:
-    """The mask of pads for ids (B, T), from real, (B, past + T)."""
-    want = (ids.shape[0], past + ids.shape[1])
-    if isinstance(real, Tensor) and tuple(real.shape) != want:
+    """The mask of pads, from real, (B, past + T) as wanted."""
+    if real is None:
+        return None
+    kind = getattr(real, "dtype", type(real).__name__)
+    if not _is_integer(real) and kind != torch.bool:
+        raise TypeError(f"{name} must be a bool or integer tensor, 1 = real "
+                        f"token, got {kind}")
+    if tuple(real.shape) != want:
         raise ValueError(f"{name} must be (B, past + T) = {want}, 1 = real "
                          f"token, got shape {tuple(real.shape)}")
-    return None if real is None else padding_mask(real)
+    return padding_mask(real)
 
 # %% ../nbs/11_encoder_decoder.ipynb #seq2seq
 class Seq2SeqTransformer(nn.Module):
@@ -840,11 +858,7 @@ class Seq2SeqTransformer(nn.Module):
     def _embed(self, ids: Tensor, table: nn.Embedding, real: Tensor | None,
                past: int) -> Tensor:
         """Embedded ids; their places count the real tokens before them."""
-        if real is None:
-            waves = self.waves[past:past + ids.shape[1]]     # (T, D)
-        else:
-            place = (real.long().cumsum(1) - 1).clamp(min=0)
-            waves = self.waves[place[:, past:]]              # (B, T, D)
+        waves = self.waves[_positions(real, past, ids)]      # (Rows, T, D)
         x = table(ids) * math.sqrt(table.embedding_dim)      # (B, T, D)
         return self.dropout(x + waves.to(x.dtype))
 
@@ -864,7 +878,7 @@ class Seq2SeqTransformer(nn.Module):
             TypeError, ValueError: as in ``forward``.
         """
         _check_ids("src_ids", src_ids, 0, self.waves.shape[0])
-        may = _real_keys("src_mask", src_mask, src_ids, 0)
+        may = _real_keys("src_mask", src_mask, tuple(src_ids.shape))
         src = self._embed(src_ids, self.src_embed, src_mask, 0)
         return self.transformer.encode(
             src, src_mask=may, return_weights=return_weights)
@@ -921,10 +935,14 @@ class Seq2SeqTransformer(nn.Module):
         Raises:
             TypeError, ValueError: as in ``forward``.
         """
-        past = caches[0].length if caches else 0
+        _check_ids("tgt_ids", tgt_ids, 0, self.waves.shape[0])
+        layers, (B, T) = self.transformer.decoder_layers, tgt_ids.shape
+        past = _check_past(caches, len(layers), T, name="caches")
         _check_ids("tgt_ids", tgt_ids, past, self.waves.shape[0])
-        tgt_may = _real_keys("tgt_mask", tgt_mask, tgt_ids, past)
-        src_may = None if src_mask is None else padding_mask(src_mask)
+        _check_entries(layers, memory=memory)
+        keys = memory if isinstance(memory, Tensor) else memory[0][0]
+        src_may = _real_keys("src_mask", src_mask, (B, keys.shape[-2]))
+        tgt_may = _real_keys("tgt_mask", tgt_mask, (B, past + T))
         tgt = self._embed(tgt_ids, self.tgt_embed, tgt_mask, past)
         out = self.transformer.decode(
             tgt, memory, tgt_mask=tgt_may, memory_mask=src_may,
@@ -971,7 +989,8 @@ class Seq2SeqTransformer(nn.Module):
 @torch.inference_mode()
 def translate(model: Seq2SeqTransformer, src_ids: Tensor,
               src_mask: Tensor | None = None, *, max_new_tokens: int,
-              bos_id: int, eos_id: int, pad_id: int | None = None,
+              bos_token_id: int, eos_token_id: int,
+              pad_token_id: int | None = None,
               use_cache: bool = True, return_weights: bool = False
               ) -> Tensor | tuple[Tensor, list[Tensor]]:
     """Write the target greedily: at each step the token of largest logit.
@@ -980,14 +999,15 @@ def translate(model: Seq2SeqTransformer, src_ids: Tensor,
     projected once, and a step costs one new target token.
 
     Args:
-        model: in the mode that it is in; call ``model.eval()`` first.
+        model: a Seq2SeqTransformer; it runs in evaluation mode, and its
+            own mode comes back.
         src_ids: (B, Tk), int64 or int32.
         src_mask: (B, Tk), bool or integer, 1 = real token, 0 = pad on any
             side; default: no pads.
         max_new_tokens: at most so many tokens after the start, at least 1.
-        bos_id: the start token, first of every row.
-        eos_id: the token that ends a row.
-        pad_id: what a row gets after its end; default eos_id.
+        bos_token_id: the start token, first of every row.
+        eos_token_id: the token that ends a row.
+        pad_token_id: what a row gets after its end; default eos_token_id.
         use_cache: False reads the whole target again for each token; the
             same tokens, and the check of the fast way.
         return_weights: also return where each step looked in the source.
@@ -1002,29 +1022,31 @@ def translate(model: Seq2SeqTransformer, src_ids: Tensor,
     Source: Vaswani et al. 2017, section 3.1 (auto-regressive); greedy.
     See: chapter 11.
     """
-    pad_id = eos_id if pad_id is None else pad_id
+    pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
     _check_translate(model, max_new_tokens, use_cache, return_weights,
-                     bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
-    memory, caches = model.encode(src_ids, src_mask), None
-    if use_cache:
-        memory = model.project_memory(memory)
-        caches = model.new_cache(len(src_ids), max_new_tokens)
-    ids = src_ids.new_full((len(src_ids), 1), bos_id)
-    ended = torch.zeros_like(ids, dtype=torch.bool)
-    rows = [[] for _ in model.transformer.decoder_layers]
-    for _ in range(max_new_tokens):
-        out = model.decode(ids[:, -1:] if use_cache else ids, memory,
-                           src_mask, caches=caches,
-                           return_weights=return_weights)
-        logits, _, looks = out if return_weights else (out, None, [])
-        for row, look in zip(rows, looks):
-            row.append(look[:, :, -1:])
-        best = logits[:, -1:].argmax(-1).to(ids.dtype)
-        best = best.masked_fill(ended, pad_id)
-        ids = torch.cat([ids, best], 1)
-        ended = ended | (best == eos_id)
-        if ended.all():
-            break
+                     bos_token_id=bos_token_id,
+                     eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+    with _evaluating(model):
+        memory, caches = model.encode(src_ids, src_mask), None
+        if use_cache:
+            memory = model.project_memory(memory)
+            caches = model.new_cache(len(src_ids), max_new_tokens)
+        ids = src_ids.new_full((len(src_ids), 1), bos_token_id)
+        ended = torch.zeros_like(ids, dtype=torch.bool)
+        rows = [[] for _ in model.transformer.decoder_layers]
+        for _ in range(max_new_tokens):
+            out = model.decode(ids[:, -1:] if use_cache else ids, memory,
+                               src_mask, caches=caches,
+                               return_weights=return_weights)
+            logits, _, looks = out if return_weights else (out, None, [])
+            for row, look in zip(rows, looks):
+                row.append(look[:, :, -1:])
+            best = logits[:, -1:].argmax(-1).to(ids.dtype)
+            best = best.masked_fill(ended, pad_token_id)
+            ids = torch.cat([ids, best], 1)
+            ended = ended | (best == eos_token_id)
+            if ended.all():
+                break
     looks = [torch.cat(row, 2) for row in rows] if return_weights else []
     with torch.inference_mode(False):    # results that can be trained on
         ids, looks = ids.clone(), [look.clone() for look in looks]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .causal import (_check_flag, _check_length, _check_values,
                             _is_integer, causal_mask, padding_mask)
-from .decoder_layer import DecoderLayer, RMSNorm, _check_eps
+from .decoder_layer import DecoderLayer, RMSNorm
 from .grouped_query import _check_heads
 from .kv_cache import KVCache
 from .positions import _check_number, _read_scaling, rope_cos_sin
@@ -51,7 +51,7 @@ def _check_settings(config: "DecoderConfig") -> None:
         most = 10_000 if name == "num_layers" else 2 ** 31 - 1
         if size > most:
             raise ValueError(f"{name} must be at most {most}, got {size}")
-    _check_eps(config.norm_eps)
+    _check_number("norm_eps", config.norm_eps, above=True)
     for name in _FLAGS:
         _check_flag(name, getattr(config, name))
     _check_probability("dropout", config.dropout)
@@ -59,7 +59,8 @@ def _check_settings(config: "DecoderConfig") -> None:
         _check_length("context_length", config.context_length, least=1)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(config, name)
-        for token in ids if isinstance(ids, tuple) else (ids,):
+        several = name == "eos_token_id" and isinstance(ids, tuple)
+        for token in ids if several else (ids,):
             if token is not None:
                 _check_length(name, token, least=-1)
 
@@ -90,11 +91,12 @@ class DecoderConfig:
             (tokens). It is kept with the model and not enforced.
         dropout: probability of dropping an attention weight in training.
         bos_token_id, eos_token_id, pad_token_id: ids that checkpoints
-            name, or None; eos may be several, a tuple. Nothing uses them
-            by itself: hand them to ``generate``.
+            name, or None; eos may be several, a tuple, and some files say
+            -1 for none. Nothing uses them by itself: hand them to
+            ``generate``.
     Returns:
-        settings that cannot be changed; lists become tuples. It fits
-        ``DecoderLayer``.
+        settings whose fields cannot be set; lists become tuples. Leave the
+        dict rope_scaling as it is. It fits ``DecoderLayer``.
     Raises:
         TypeError: a setting is of a wrong kind.
         ValueError: a setting is out of bounds, or sizes do not fit.
@@ -142,8 +144,11 @@ class DecoderConfig:
                     become(name, None)
         theta, scaling = 10000.0, None       # if no layer turns
         if self.rope_layers is None or any(self.rope_layers):
-            _, theta, scaling = _read_scaling(
+            turned, theta, scaling = _read_scaling(
                 self.rope_scaling, self.head_dim, self.rope_theta)
+            if turned != self.head_dim:
+                raise ValueError("rope_scaling must turn whole heads, got "
+                                 f"{turned} of head_dim={self.head_dim}")
         become("rope_theta", theta)
         become("rope_scaling",
                None if scaling == {"rope_type": "default"} else scaling)
@@ -206,27 +211,42 @@ def _check_ids(name: str, ids: Tensor, shape: tuple | None = None) -> None:
                          f"got shape {tuple(ids.shape)}")
 
 
-def _check_past(cache: list | None, num_layers: int, seq_len: int) -> int:
+def _check_past(cache: list | None, num_layers: int, seq_len: int,
+                name: str = "cache") -> int:
     """Tokens in the cache; raise unless each layer has room for more."""
     if cache is None:
         return 0
-    got = type(cache).__name__
-    if isinstance(cache, (list, tuple)):
-        compiling = torch.compiler.is_compiling()    # it has no id
-        kinds = num_layers if compiling else len({*map(id, cache)})
-        got = f"{len(cache)} of them, {kinds} different"
-    if got != f"{num_layers} of them, {num_layers} different" or not all(
+    if not isinstance(cache, (list, tuple)):
+        raise TypeError(f"{name} must be a list, one cache for each layer "
+                        f"(see new_cache), got {type(cache).__name__}")
+    kinds = [type(kept).__name__ for kept in cache]
+    if len(cache) != num_layers or not all(
             hasattr(kept, "length") for kept in cache):
-        raise ValueError(f"cache must be a list of {num_layers} caches, one "
-                         f"for each layer (see new_cache), got {got}")
+        raise ValueError(f"{name} must be a list of {num_layers} caches, one "
+                         f"for each layer, got {kinds[:9]}")
+    if not torch.compiler.is_compiling() and len(    # there they have no id
+            {*map(id, cache)}) < num_layers:
+        raise ValueError(f"{name} must be another one for each layer, got "
+                         "the same cache twice")
     past = cache[0].length
     for kept in cache:
         room = getattr(kept, "max_len", past + seq_len)
         if kept.length != past or room < past + seq_len:
-            raise ValueError(f"cache must have room for {seq_len} more tokens"
+            raise ValueError(f"{name} must have room for {seq_len} more tokens"
                              f" in every layer after the same {past}, got "
                              f"{kept.length} of {room}")
     return past
+
+
+def _check_attention_mask(mask: Tensor, want: tuple[int, int]) -> None:
+    """Raise unless mask is of whole numbers or booleans, (B, past + T)."""
+    kind = getattr(mask, "dtype", type(mask).__name__)
+    if not _is_integer(mask) and kind != torch.bool:
+        raise TypeError("attention_mask must be a bool or integer tensor, 1 "
+                        f"= real token, got {kind}")
+    if tuple(mask.shape) != want:
+        raise ValueError("attention_mask must be (B, past + T) = "
+                         f"{want}, got shape {tuple(mask.shape)}")
 
 
 def _check_call(model: nn.Module, input_ids: Tensor,
@@ -237,12 +257,8 @@ def _check_call(model: nn.Module, input_ids: Tensor,
     B, T = input_ids.shape
     if input_ids.device.type == "cpu":       # on a GPU it would wait
         _check_values("input_ids", input_ids, 0, most)
-    if attention_mask is not None and (
-            not isinstance(attention_mask, Tensor)
-            or tuple(attention_mask.shape) != (B, past + T)):
-        got = getattr(attention_mask, "shape", attention_mask)
-        raise ValueError("attention_mask must be a tensor (B, past + T) = "
-                         f"{(B, past + T)}, got {got}")
+    if attention_mask is not None:
+        _check_attention_mask(attention_mask, (B, past + T))
     if position_ids is not None:
         _check_ids("position_ids", position_ids)
         if tuple(position_ids.shape) not in ((1, T), (B, T)):
@@ -305,13 +321,13 @@ class DecoderLM(nn.Module):
         self.model = _Decoder(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size,
                                  bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None,
@@ -330,13 +346,16 @@ class DecoderLM(nn.Module):
             cache: a list with a ``KVCache`` for each layer, as
                 ``new_cache`` makes it; the new tokens are appended.
             labels: (B, T), integer: the tokens of input_ids, not moved;
-                -100 where no prediction counts (pads, a prompt). The
-                score at place i is compared with labels[:, i + 1].
+                -100 where no prediction counts (pads, a prompt; with pads
+                on the left the first real token too, since none stands
+                before it). The score at place i is compared with
+                labels[:, i + 1]. All -100 gives NaN, a mean of nothing.
             logits_to_keep: compute scores for the last so many places
                 only; 0 for all.
             return_weights: also return the weights of attention.
         Returns:
-            logits (B, T, vocab_size), in the dtype of the weights; then
+            logits (B, T or logits_to_keep, vocab_size), in the dtype of
+            the weights (under autocast in that of autocast); then
             (loss, logits) with labels, the loss a mean over predictions
             in nats, in float32 at least; with return_weights one entry
             more, a list of (B, H, T, Tk), one for each layer.
@@ -348,6 +367,7 @@ class DecoderLM(nn.Module):
         """
         _check_ids("input_ids", input_ids)
         _check_length("logits_to_keep", logits_to_keep)
+        _check_flag("return_weights", return_weights)
         if labels is not None and logits_to_keep:
             raise ValueError("labels need all logits, got logits_to_keep="
                              f"{logits_to_keep}")
@@ -452,8 +472,9 @@ class DecoderLM(nn.Module):
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean surprise about the next token, -log p; labels move here."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide),
-                           labels[:, 1:].flatten().long(), ignore_index=-100)
+    moved = F.pad(labels[:, 1:].long(), (0, 1), value=-100)      # (B, T)
+    return F.cross_entropy(logits.flatten(0, 1).to(wide), moved.flatten(),
+                           ignore_index=-100)
 
 # %% ../nbs/10_language_model.ipynb #check-sampling
 def _check_sampling(logits: Tensor, temperature: float, top_k: int | None,
@@ -519,11 +540,7 @@ def _check_prompt(input_ids: Tensor, attention_mask: Tensor | None
     _check_ids("input_ids", input_ids)
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, Tensor) or (
-            attention_mask.shape != input_ids.shape):
-        got = getattr(attention_mask, "shape", attention_mask)
-        raise ValueError("attention_mask must be a tensor of the shape of "
-                         f"input_ids, {tuple(input_ids.shape)}, got {got}")
+    _check_attention_mask(attention_mask, tuple(input_ids.shape))
     mask = padding_mask(attention_mask)[:, 0, 0]             # (B, T)
     if not mask[:, -1].all():
         raise ValueError("attention_mask must end in 1 in every row: pad on "
@@ -551,6 +568,9 @@ def _check_writing(model: DecoderLM, input_ids: Tensor, max_new_tokens: int,
                    pad_token_id: int | None, use_cache: bool,
                    on_token: object) -> tuple[list[int], int]:
     """The tokens that end a text and the pad; raise unless all fits."""
+    if not isinstance(getattr(model, "config", None), DecoderConfig):
+        raise TypeError("model must be a DecoderLM, got "
+                        f"{type(model).__name__}")
     last = model.config.vocab_size - 1
     if last > torch.iinfo(input_ids.dtype).max:
         raise ValueError(f"input_ids must be of a dtype that holds {last}, "
@@ -578,6 +598,18 @@ def _generator(seed: int | None, device: torch.device
     if seed >= 2 ** 64:
         raise ValueError(f"seed must be below 2**64, got {seed}")
     return torch.Generator(device).manual_seed(seed)
+
+# %% ../nbs/10_language_model.ipynb #evaluating
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; then each part has its own mode again."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 # %% ../nbs/10_language_model.ipynb #generate
 def generate(model: DecoderLM, input_ids: Tensor,
@@ -634,9 +666,7 @@ def generate(model: DecoderLM, input_ids: Tensor,
         mask = F.pad(mask, (0, max_new_tokens), value=True)  # (B, N)
     cache = model.new_cache(B, most) if use_cache else None
     ended = torch.zeros_like(text[:, 0], dtype=torch.bool)   # (B,)
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
+    with _evaluating(model):
         while now < most and not (stops and ended.all()):
             with torch.inference_mode():
                 logits = model(
@@ -650,9 +680,6 @@ def generate(model: DecoderLM, input_ids: Tensor,
             past, now = (now if use_cache else 0), now + 1
             if on_token is not None:
                 on_token(token)
-    finally:
-        for part, training in modes.items():
-            part.training = training
     return text[:, :now].clone()                             # (B, Now)
 
 
@@ -686,7 +713,8 @@ _NEEDED = {"vocab_size": "vocab_size", "hidden_size": "d_model",
            "num_hidden_layers": "num_layers",
            "num_attention_heads": "num_heads", "intermediate_size": "d_ff"}
 _SAME = ("bos_token_id", "eos_token_id", "pad_token_id", "head_dim")
-_NAMES = {"rms_norm_eps": "norm_eps", "attention_dropout": "dropout",
+_NAMES = {**_NEEDED, "num_key_value_heads": "num_kv_heads",
+          "rms_norm_eps": "norm_eps", "attention_dropout": "dropout",
           "tie_word_embeddings": "tie_embeddings",
           "max_position_embeddings": "context_length",
           **{name: name for name in _SAME}}
@@ -736,8 +764,7 @@ def _settings(given: dict) -> dict:
     num_layers = min(num_layers, 10_001)     # more is refused later
     if given["num_key_value_heads"] is None:
         given = {**given, "num_key_value_heads": given["num_attention_heads"]}
-    names = {**_NEEDED, **_NAMES, "num_key_value_heads": "num_kv_heads"}
-    found = {ours: given[name] for name, ours in names.items()
+    found = {ours: given[name] for name, ours in _NAMES.items()
              if name in given}
     bias = given.get("attention_bias", False)
     rope_layers = _rope_layers(given, num_layers)
@@ -813,7 +840,8 @@ def _rope_settings(given: dict) -> tuple[float, dict | None]:
         if part not in (None, 1):
             raise ValueError(f"partial_rotary_factor={str(part)[:80]} is not "
                              "supported")
-    theta = rules.pop("rope_theta", given.get("rope_theta") or 10000.0)
+    theta = given.get("rope_theta")
+    theta = rules.pop("rope_theta", 10000.0 if theta is None else theta)
     old, longest = "original_max_position_embeddings", given.get(
         "max_position_embeddings", _LENGTHS.get(given["model_type"], 32768))
     kind = rules.get("rope_type", rules.get("type"))
@@ -841,9 +869,8 @@ def _to_family(config: "DecoderConfig", family: str) -> dict:
                         "sliding_attention" for w in windows],
         "no_rope_layers": [int(turn) for turn in config.rope_layers
                            or (True,) * config.num_layers]}
-    names = {**_NEEDED, **_NAMES, "num_key_value_heads": "num_kv_heads"}
     settings = {theirs: getattr(config, ours)
-                for theirs, ours in names.items()}
+                for theirs, ours in _NAMES.items()}
     if settings["max_position_embeddings"] is None:
         del settings["max_position_embeddings"]
     if isinstance(config.eos_token_id, tuple):
@@ -1031,7 +1058,8 @@ def _load(cls: type[DecoderLM], path: Path, dtype: torch.dtype | None,
                     device, dtype, copy=True)
     if config.tie_embeddings:
         table = state["model.embed_tokens.weight"]
-        if not torch.equal(state.get("lm_head.weight", table), table):
+        second = state.get("lm_head.weight")
+        if second is not None and not torch.equal(second, table):
             raise ValueError("lm_head.weight must equal the table of tokens, "
                              "since tie_word_embeddings is true")
         state["lm_head.weight"] = table
@@ -1049,13 +1077,14 @@ def _save(model: DecoderLM, path: Path) -> None:
         raise ImportError("checkpoints need safetensors: "
                           "pip install 'attn_nb[hf]'") from None
     config, table = model.config.to_hf(), model.model.embed_tokens.weight
-    if model.config.tie_embeddings and not torch.equal(
-            model.lm_head.weight, table):
+    lm_head = model.lm_head.weight       # a NaN is not equal to itself
+    if model.config.tie_embeddings and lm_head is not table and (
+            not torch.equal(lm_head, table)):
         raise ValueError("lm_head.weight must equal the table of tokens, "
                          "since tie_embeddings is true")
     config["dtype"] = str(table.dtype).removeprefix("torch.")
     state = {name: x.contiguous() for name, x in model.state_dict().items()
-             if not (model.config.tie_embeddings and name[0] == "l")}
+             if not (model.config.tie_embeddings and name == "lm_head.weight")}
     path.mkdir(parents=True, exist_ok=True)
     save_file(state, path / "new.safetensors", metadata={"format": "pt"})
     os.replace(path / "new.safetensors", path / "model.safetensors")

@@ -500,7 +500,8 @@ def test_translates_like_marian():
         want = theirs.generate(input_ids=src, attention_mask=real, num_beams=1, do_sample=False, max_new_tokens=9,
                                bad_words_ids=None)
         for use_cache in (False, True):
-            got = translate(ours, src, real, max_new_tokens=9, bos_id=BOS, eos_id=EOS, pad_id=PAD, use_cache=use_cache)
+            got = translate(ours, src, real, max_new_tokens=9, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+                            use_cache=use_cache)
             assert torch.equal(got, want)
         found |= set(want.flatten().tolist())
     assert len(found) > 3
@@ -687,8 +688,8 @@ def test_the_memory_is_projected_once():
             p.register_forward_hook(lambda m, args, out: calls.append(args[0].shape))
     own = []
     seq.transformer.decoder_layers[0].self_attn.k_proj.register_forward_hook(lambda m, args, out: own.append(args[0].shape[1]))
-    options = {"max_new_tokens": 6, "bos_id": BOS}
-    n, options["eos_id"] = max((translate(seq, src, eos_id=e, **options).shape[1] - 1, e) for e in range(13))
+    options = {"max_new_tokens": 6, "bos_token_id": BOS}
+    n, options["eos_token_id"] = max((translate(seq, src, eos_token_id=e, **options).shape[1] - 1, e) for e in range(13))
     calls.clear(), own.clear()
     translate(seq, src, **options)
     assert n == 6 and len(calls) == 4 and own == [1] * n
@@ -725,7 +726,7 @@ def test_translate_equals_one_row_at_a_time(data, B, Tk, n, norm_first, tie, sha
     src, real = torch.randint(6, (B, Tk)), (torch.rand(B, Tk) > 0.4) | (torch.arange(Tk) == Tk - 1)
     with torch.no_grad():
         want = slow_translate(seq, src, real, n)
-    options = {"max_new_tokens": n, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD}
+    options = {"max_new_tokens": n, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     for use_cache in (True, False):
         got = translate(seq, src, real, use_cache=use_cache, **options)
         assert torch.equal(got, want) and got.dtype == src.dtype and not got.is_inference()
@@ -755,8 +756,8 @@ def test_translations_end_and_are_filled():
             return (logits, *out[1:]) if return_weights else logits
     seq.__class__ = Scripted
     for use_cache in (False, True):
-        run = partial(translate, seq, src, bos_id=BOS, eos_id=EOS, use_cache=use_cache)
-        assert run(max_new_tokens=4, pad_id=PAD).tolist() == [
+        run = partial(translate, seq, src, bos_token_id=BOS, eos_token_id=EOS, use_cache=use_cache)
+        assert run(max_new_tokens=4, pad_token_id=PAD).tolist() == [
             [1, 5, 2, 0, 0], [1, 5, 6, 7, 8], [1, 2, 0, 0, 0], [1, 2, 0, 0, 0]]
         assert run(max_new_tokens=2).tolist() == [[1, 5, 2], [1, 5, 6], [1, 2, 2], [1, 2, 2]]
         script[1] = [5, 6, EOS, 9]
@@ -771,7 +772,7 @@ def test_translate_is_greedy_and_quiet():
     state = torch.get_rng_state()
     before = {n: p.clone() for n, p in seq.state_dict().items()}
     src_copy, real = src.clone(), SRC_REAL.clone()
-    options = {"max_new_tokens": 5, "bos_id": BOS, "eos_id": EOS}
+    options = {"max_new_tokens": 5, "bos_token_id": BOS, "eos_token_id": EOS}
     out = translate(seq, src, real, **options)
     assert torch.equal(out, translate(seq, src, real, **options)) and torch.equal(torch.get_rng_state(), state)
     assert torch.equal(src, src_copy) and torch.equal(real, SRC_REAL) and not out.requires_grad
@@ -791,37 +792,37 @@ def test_translate_is_greedy_and_quiet():
     ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
     ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int, got 2.0"),
     ({"max_new_tokens": 41}, ValueError, "max_new_tokens must be at most max_len=40, got 41"),
-    ({"bos_id": 13}, ValueError, "bos_id must be below tgt_vocab=13, got 13"),
-    ({"eos_id": -1}, ValueError, "eos_id must be at least 0, got -1"),
-    ({"eos_id": None}, TypeError, "eos_id must be an int, got None"),
-    ({"pad_id": 99}, ValueError, "pad_id must be below tgt_vocab=13, got 99"),
+    ({"bos_token_id": 13}, ValueError, "bos_token_id must be below tgt_vocab=13, got 13"),
+    ({"eos_token_id": -1}, ValueError, "eos_token_id must be at least 0, got -1"),
+    ({"eos_token_id": None}, TypeError, "eos_token_id must be an int, got None"),
+    ({"pad_token_id": 99}, ValueError, "pad_token_id must be below tgt_vocab=13, got 99"),
     ({"use_cache": None}, TypeError, "use_cache must be True or False, got None"),
     ({"return_weights": 1}, TypeError, "return_weights must be True or False, got 1"),
     ({"model": nn.Linear(2, 2)}, TypeError, "model must be a Seq2SeqTransformer, got Linear"),
-    ({"src_mask": torch.ones(3, 6)}, ValueError, r"src_mask must be \(B, past \+ T\) = \(3, 7\), 1 = real token"),
-    ({"src_mask": torch.ones(3, 7)}, TypeError, "lengths_or_attention_mask must be"),
+    ({"src_mask": torch.ones(3, 6).bool()}, ValueError, r"src_mask must be \(B, past \+ T\) = \(3, 7\), 1 = real token"),
+    ({"src_mask": torch.ones(3, 7)}, TypeError, "src_mask must be a bool or integer tensor"),
     ({"src_ids": torch.ones(3, 7)}, TypeError, r"src_ids must be an int64 or int32 tensor \(B, T\), got torch.float32"),
     ({"src_ids": [1]}, TypeError, "src_ids must be an int64 or int32 tensor .* got list"),
     ({"src_ids": torch.ones(7).long()}, ValueError, r"src_ids must be \(B, T\), got shape \(7,\)"),
     ({"src_ids": torch.ones(3, 41).long()}, ValueError, "max_len=40 must leave room for src_ids, got 0 tokens before and 41"),
 ])
 def test_wrong_translations_are_refused(options, error, words):
-    given = {"model": model(), "src_ids": ids()[0], "max_new_tokens": 3, "bos_id": BOS, "eos_id": EOS, **options}
+    given = {"model": model(), "src_ids": ids()[0], "max_new_tokens": 3, "bos_token_id": BOS, "eos_token_id": EOS, **options}
     with pytest.raises(error, match="^" + words):
         translate(given.pop("model"), given.pop("src_ids"), given.pop("src_mask", None), **given)
-    assert translate(model(), ids()[0], max_new_tokens=40, bos_id=0, eos_id=12, pad_id=0).shape[1] <= 41
+    assert translate(model(), ids()[0], max_new_tokens=40, bos_token_id=0, eos_token_id=12, pad_token_id=0).shape[1] <= 41
 
 
 @pytest.mark.parametrize("call, error, words", [
     (lambda m: m(ids()[0], torch.ones(3, 41).long()), ValueError, "max_len=40 must leave room for tgt_ids, got 0 tokens before"),
     (lambda m: m(*ids(), tgt_mask=TGT_REAL[:, :4]), ValueError, r"tgt_mask must be \(B, past \+ T\) = \(3, 5\), 1 = real"),
     (lambda m: m(*ids(), TGT_REAL), ValueError, r"src_mask must be \(B, past \+ T\) = \(3, 7\)"),
-    (lambda m: m(*ids(), SRC_REAL.double()), TypeError, "lengths_or_attention_mask must be"),
+    (lambda m: m(*ids(), SRC_REAL.double()), TypeError, "src_mask must be a bool or integer tensor"),
     (lambda m: m(ids()[0], ids()[1].short()), TypeError, "tgt_ids must be an int64 or int32 tensor"),
     (lambda m: m(ids()[0][:2], ids()[1]), ValueError, "memory must fit x"),
     (lambda m: m(ids()[0] + 11, ids()[1]), IndexError, ""),
     (lambda m: m.decode(ids()[1], m.encode(ids()[0]), caches=m.new_cache(3, 5)[:1]), ValueError,
-     "caches must have one entry for each of 2 layers, got 1"),
+     "caches must be a list of 2 caches, one for each layer"),
     (lambda m: m.decode(ids()[1], m.project_memory(m.encode(ids()[0]))[:1]), ValueError,
      "memory must have one entry for each of 2 layers, got 1"),
     (lambda m: m.transformer.decode(tensors()[1], [None, None]), TypeError,
@@ -973,7 +974,7 @@ def test_runs_in_every_dtype_and_under_autocast(dtype):
     for weights_too in (False, True):
         out = first(seq(src, tgt, SRC_REAL, TGT_REAL, return_weights=weights_too))
         assert out.dtype == dtype and (out.double() - want)[real].abs().max() < 40 * torch.finfo(dtype).eps * size
-    options = {"max_new_tokens": 4, "bos_id": BOS, "eos_id": EOS}
+    options = {"max_new_tokens": 4, "bos_token_id": BOS, "eos_token_id": EOS}
     assert translate(seq, src, SRC_REAL, **options).shape[0] == 3
     if dtype != torch.float32:
         with torch.autocast("cpu", dtype=dtype):
@@ -1018,7 +1019,7 @@ def test_life_of_a_model():
     assert_close(both[0], want) and (both[0] - both[1]).abs().max() > 0.1
     before = [set(vars(m)) for m in seq.modules()]
     seq(src, tgt, return_weights=True)
-    translate(seq, src, max_new_tokens=3, bos_id=BOS, eos_id=EOS)
+    translate(seq, src, max_new_tokens=3, bos_token_id=BOS, eos_token_id=EOS)
     assert [set(vars(m)) for m in seq.modules()] == before   # nothing is kept
     with pytest.raises(TypeError):
         seq.transformer(*tensors(), None)    # options are keywords
@@ -1075,3 +1076,45 @@ def test_exports_with_free_lengths():
     src, tgt = ids(3, 9, 8)
     real = torch.arange(9) < torch.tensor([[9], [3], [5]])
     assert_close(program.module()(src, tgt, real), seq(src, tgt, real))
+
+
+def test_translate_runs_in_evaluation_mode_and_gives_the_mode_back():
+    noisy = Seq2SeqTransformer(13, 13, 8, 2, 1, 1, 16, 0.5)
+    noisy.transformer.encoder_layers[0].eval()           # a part with a mode of its own
+    modes = [part.training for part in noisy.modules()]
+    run = partial(translate, noisy, ids()[0] % 13, max_new_tokens=5, bos_token_id=BOS, eos_token_id=EOS)
+    assert torch.equal(run(), run()) and torch.equal(run(), run(use_cache=False))
+    assert modes == [part.training for part in noisy.modules()]
+
+
+@pytest.mark.parametrize("mask, error", [(torch.ones(3, 1).bool(), ValueError), (SRC_REAL[:1], ValueError),
+                                         (torch.ones(3), TypeError), (SRC_REAL.tolist(), TypeError)])
+def test_decode_checks_the_mask_of_the_source(mask, error):
+    seq = model()
+    with pytest.raises(error, match="src_mask must be"):
+        seq.decode(ids()[1], seq.encode(ids()[0]), mask)
+
+
+def test_decode_checks_its_caches_before_it_writes():
+    seq = model()
+    memory, caches = seq.encode(ids()[0]), seq.new_cache(3, 9)
+    seq.decode(ids()[1], memory, caches=caches)
+    caches[1].crop(2)
+    before = [cache.length for cache in caches]
+    for bad in (caches, caches[0], [caches[0]] * 2, [1, 2]):
+        with pytest.raises((TypeError, ValueError), match="caches must"):
+            seq.decode(ids()[1][:, :1], memory, caches=bad)
+    caches[0].crop(2)
+    with pytest.raises(TypeError, match="memory must be a tensor or a list, got NoneType"):
+        seq.decode(ids()[1][:, :1], None, caches=caches)
+    pairs = [tuple(t.half() for t in pair) for pair in seq.project_memory(memory)]
+    with pytest.raises(TypeError, match="keys of memory must be"):
+        seq.decode(ids()[1][:, :1], pairs, caches=caches)
+    assert [cache.length for cache in caches] == [2, 2] != before
+
+
+@pytest.mark.parametrize("block", ["_sa_block", "_ff_block"])
+def test_a_layer_that_computes_something_else_is_refused(block):
+    Other = type("Other", (nn.TransformerEncoderLayer,), {block: lambda self, *args, **kwargs: args[0]})
+    with pytest.raises(TypeError, match="layer must be an nn.TransformerEncoderLayer"):
+        EncoderLayer.from_torch(Other(8, 2, 16, batch_first=True))

@@ -9,7 +9,9 @@ import resource
 import struct
 import sys
 import time
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import transformers
@@ -409,8 +411,8 @@ def test_an_option_of_another_family_is_named(family, option):
     ({"num_key_value_heads": 4}, ValueError, "num_kv_heads must divide num_heads"),
     ({"num_key_value_heads": 0}, ValueError, "num_kv_heads must be at least 1"),
     ({"head_dim": 7}, ValueError, "head_dim must be even"),
-    ({"rms_norm_eps": 0}, ValueError, "eps must be above 0"),
-    ({"rms_norm_eps": float("nan")}, ValueError, "eps must be above 0"),
+    ({"rms_norm_eps": 0}, ValueError, "norm_eps must be finite and above 0"),
+    ({"rms_norm_eps": float("nan")}, ValueError, "norm_eps must be finite and above 0"),
     ({"attention_dropout": 2}, ValueError, r"dropout must be in \[0, 1\]"),
     ({"attention_bias": "yes"}, TypeError, "bias must be True or False, got 'yes'"),
     ({"tie_word_embeddings": 1}, TypeError, "tie_embeddings must be True or False, got 1"),
@@ -653,11 +655,11 @@ def test_only_the_last_logits():
     ({"input_ids": torch.zeros(3, 0).long()}, ValueError, r"input_ids must be \(B, T\), got shape \(3, 0\)"),
     ({"input_ids": some_ids() + 40}, ValueError, r"input_ids must be in 0 \.\. 60, got "),
     ({"input_ids": some_ids() - 1 - 60}, ValueError, r"input_ids must be in 0 \.\. 60, got -"),
-    ({"attention_mask": torch.ones(3, 10)}, ValueError, r"attention_mask must be a tensor \(B, past \+ T\) = \(3, 13\), got "),
+    ({"attention_mask": torch.ones(3, 10).bool()}, ValueError, r"attention_mask must be \(B, past \+ T\) = \(3, 13\), got "),
     ({"attention_mask": torch.ones(3, 11).long()}, ValueError, r"attention_mask must be .* = \(3, 13\), got "),
-    ({"attention_mask": [1]}, ValueError, r"attention_mask must be .* got \[1\]"),
+    ({"attention_mask": [1]}, TypeError, "attention_mask must be a bool or integer tensor.* got list"),
     ({"attention_mask": torch.full((3, 13), 2)}, ValueError, r"attention mask must be in 0 \.\. 1, got 2"),
-    ({"attention_mask": torch.ones(3, 13)}, TypeError, "attention mask"),
+    ({"attention_mask": torch.ones(3, 13)}, TypeError, "attention_mask must be a bool or integer tensor"),
     ({"position_ids": torch.zeros(3, 10).long()}, ValueError, r"position_ids must be \(B or 1, T\), got shape \(3, 10\)"),
     ({"position_ids": torch.zeros(2, 11).long()}, ValueError, r"position_ids must be \(B or 1, T\), got shape \(2, 11\)"),
     ({"position_ids": torch.zeros(11).long()}, ValueError, "position_ids must be"),
@@ -685,9 +687,9 @@ def test_bad_input_is_named_and_the_cache_is_left_alone(changes, error, words):
 def test_bad_caches_are_named():
     model, ids = small(), some_ids()
     good = model.new_cache(3, 20)
-    for cache, words in ((good[:2], "cache must be a list of 3 caches, one for each layer .* got 2 of them"),
-                         (good[0], "cache must be a list of 3 caches.* got KVCache"), ([], "got 0 of them"),
-                         ([good[0]] * 3, "cache must be .* one for each layer"),
+    for cache, words in ((good[:2], r"cache must be a list of 3 caches, one for each layer, got \['KVCache', 'KVCache'\]"),
+                         (good[0], "cache must be a list, one cache for each layer.* got KVCache"), ([], r"got \[\]"),
+                         ([good[0]] * 3, "cache must be another one for each layer, got the same cache twice"),
                          ([None] * 3, "cache must be .* one for each layer"),
                          (model.new_cache(3, 10), "cache must have room for 11 more tokens in every layer"),
                          ([*good[:2], KVCache(3, 2, 10, 8)], "cache must have room for 11 more tokens in every layer")):
@@ -1102,9 +1104,9 @@ def test_what_is_written_can_be_trained_on():
     ({"input_ids": None}, TypeError, "input_ids must be an integer tensor"),
     ({"input_ids": torch.arange(4)}, ValueError, r"input_ids must be \(B, T\), got shape \(4,\)"),
     ({"input_ids": some_ids() + 40}, ValueError, r"input_ids must be in 0 \.\. 60"),
-    ({"attention_mask": left_padding(0, 0)}, ValueError, r"attention_mask must be a tensor of the shape of input_ids, \(3, 11\)"),
+    ({"attention_mask": left_padding(0, 0)}, ValueError, r"attention_mask must be \(B, past \+ T\) = \(3, 11\)"),
     ({"attention_mask": 1 - left_padding(4, 1, 7)}, ValueError, "attention_mask must end in 1 in every row: pad on the left"),
-    ({"attention_mask": torch.ones(3, 11)}, TypeError, "attention mask"),
+    ({"attention_mask": torch.ones(3, 11)}, TypeError, "attention_mask must be a bool or integer tensor"),
     ({"attention_mask": torch.full((3, 11), 3)}, ValueError, r"attention mask must be in 0 \.\. 1"),
     ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be at least 0, got -1"),
     ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int, got 2.0"),
@@ -1556,3 +1558,36 @@ def test_mutated_bytes_give_a_model_or_one_clear_error(data, name, tmp_path_fact
     finally:
         (folder / name).write_bytes(good)
     assert time.process_time() - start < 1
+
+
+def test_totals_of_published_settings():
+    """The page prints totals of six models; transformers builds as many numbers from the same settings."""
+    cells = nbformat.read(Path(__file__).parent.parent / "nbs/10_language_model.ipynb", 4).cells
+    names = {}
+    exec(next(c for c in cells if c.id == "published").source.partition("\nconfigs = ")[0], names)
+    published = names["published"]
+    assert len(published) == 6
+    for plan in published.values():
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**plan))
+            ours = DecoderLM(DecoderConfig.from_hf(plan))
+        assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+
+
+def test_every_head_turns_whole():
+    with pytest.raises(ValueError, match="rope_scaling must turn whole heads, got 4 of head_dim=8"):
+        DecoderConfig(13, 16, 1, 2, 2, 8, rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.5})
+
+
+def test_a_diverged_model_with_one_table_can_be_saved(tmp_path):
+    model = DecoderLM(DecoderConfig(13, 16, 1, 2, 2, 8, tie_embeddings=True))
+    model.lm_head.weight.data[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    assert DecoderLM.from_pretrained(tmp_path).lm_head.weight[3].isnan().all()
+
+
+def test_the_loss_copies_no_logits():
+    logits, labels = torch.randn(2, 7, 50, dtype=torch.float64), torch.randint(50, (2, 7))
+    with Recorder() as recorder:
+        language_model._loss(logits, labels)
+    assert recorder.made[2 * 6 * 50] == 0 and recorder.made[2 * 7 * 50] <= 1     # the log softmax alone

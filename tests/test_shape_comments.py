@@ -102,7 +102,7 @@ def test_every_shape_comment_of_the_package_has_run():
     generate(lm, ids, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), max_new_tokens=2, do_sample=True, top_k=4, top_p=0.5)
     seq, ids = Seq2SeqTransformer(5, 7, 8, 2, 1, 1, 6), torch.ones(2, 4, dtype=torch.long)
     seq(ids, ids[:, :3], ids == 1, ids[:, :3] == 1)
-    translate(seq, ids, max_new_tokens=2, bos_id=1, eos_id=2, return_weights=True)
+    translate(seq, ids, max_new_tokens=2, bos_token_id=1, eos_token_id=2, return_weights=True)
     assert_cache_equals_full(lambda new, past: (
         total := (0 if past is None else past) + new.cumsum(1), total[:, -1:]), query)
     heads = torch.randn(2, 6, 4, 8)
