@@ -618,9 +618,8 @@ class Transformer(nn.Module):
                 list has not one entry for each layer.
         """
         x, maps, looks = tgt, [], []
-        _check_entries(self.decoder_layers, memory=memory)
-        if caches is not None:
-            _check_entries(self.decoder_layers, caches=caches)
+        _check_entries(self.decoder_layers, memory=memory, **(
+            {} if caches is None else {"caches": caches}))
         for i, layer in enumerate(self.decoder_layers):
             out = layer(
                 x, memory if isinstance(memory, Tensor) else memory[i],

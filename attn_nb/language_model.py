@@ -237,7 +237,7 @@ def _check_past(cache: list | None, num_layers: int, seq_len: int,
                              f"{kept.length} of {room}")
     return past
 
-
+# %% ../nbs/10_language_model.ipynb #check-mask-and-labels
 def _check_attention_mask(mask: Tensor, want: tuple[int, int]) -> None:
     """Raise unless mask is of whole numbers or booleans, (B, past + T)."""
     kind = getattr(mask, "dtype", type(mask).__name__)
