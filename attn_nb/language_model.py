@@ -401,9 +401,8 @@ class DecoderLM(nn.Module):
     def _masks(self, attention_mask: Tensor | None, seq_len: int, past: int,
                device: torch.device) -> dict[int | None, Tensor | None]:
         """For each kind of layer what its queries may see, or None."""
-        real = None
-        if attention_mask is not None:
-            real = padding_mask(attention_mask)              # (B, 1, 1, Tk)
+        real = None if attention_mask is None else padding_mask(
+            attention_mask)                                  # (B, 1, 1, Tk)
         masks = {}
         for window in {None, *(self.config.windows or ())}:
             near = _window_mask(window, seq_len, past, device)
