@@ -402,7 +402,7 @@ class DecoderLM(nn.Module):
                device: torch.device) -> dict[int | None, Tensor | None]:
         """For each kind of layer what its queries may see, or None."""
         real = None if attention_mask is None else padding_mask(
-            attention_mask)                                  # (B, 1, 1, Tk)
+            attention_mask)
         masks = {}
         for window in {None, *(self.config.windows or ())}:
             near = _window_mask(window, seq_len, past, device)
