@@ -590,7 +590,7 @@ class Transformer(nn.Module):
             a pair for each layer, each tensor (..., H, Tk, Dh); give the
             list to ``decode`` in place of the memory, as often as wanted.
         Raises:
-            TypeError, ValueError: as ``CrossDecoderLayer.project_memory``.
+            TypeError, ValueError: as the layer's ``project_memory``.
         """
         return [layer.project_memory(memory) for layer in self.decoder_layers]
 
@@ -890,7 +890,7 @@ class Seq2SeqTransformer(nn.Module):
         Returns:
             a pair for each decoder layer, each tensor (B, H, Tk, Dh).
         Raises:
-            TypeError, ValueError: as ``CrossDecoderLayer.project_memory``.
+            TypeError, ValueError: as the layer's ``project_memory``.
         """
         return self.transformer.project_memory(memory)
 

@@ -1,4 +1,5 @@
 """Chapter 11's small translator, trained by the page's own cells: no mistake on 1,000 unseen words, a map of a known answer."""
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from run_chapter import ROOT, code_cells, fresh, run
@@ -14,7 +15,8 @@ def page():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     values = fresh()
-    failed = run([(name, source) for name, source in code_cells(PAGE) if name in CELLS or source.startswith("#| export")], values)
+    with plt.rc_context():                   # the page sets its own fonts
+        failed = run([(name, source) for name, source in code_cells(PAGE) if name in CELLS or source.startswith("#| export")], values)
     torch.set_num_threads(threads)
     assert failed is None, f"cell {failed}: {values['_error']!r}"
     return values
