@@ -296,7 +296,7 @@ def _window_mask(window: int | None, seq_len: int, past: int,
 class DecoderLM(nn.Module):
     """Tokens in, scores for the token after each of them out.
 
-    logits = lm_head(norm(layers(embed_tokens(input_ids))))
+    x = layers(embed_tokens(input_ids)); logits = lm_head(norm(x))
 
     Parameters are named and shaped as in Hugging Face's causal models; a
     state dict of one fits the other.

@@ -16,7 +16,8 @@ def page():
     torch.set_num_threads(1)
     values = fresh()
     with plt.rc_context():                   # the page sets its own fonts
-        failed = run([(name, source) for name, source in code_cells(PAGE) if name in CELLS or source.startswith("#| export")], values)
+        failed = run([(name, source) for name, source in code_cells(PAGE)
+                      if name in CELLS or source.startswith("#| export")], values)
     torch.set_num_threads(threads)
     assert failed is None, f"cell {failed}: {values['_error']!r}"
     return values
