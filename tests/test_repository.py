@@ -213,11 +213,12 @@ def test_the_page_counts_its_questions():
 def test_the_question_checks_see_faults():
     right = "[02](02_causal.ipynb#who-may-look-at-whom) `causal-check`"
     assert wrong_answer(right, {"12"}) is wrong_answer(f"{right}, {right}; planned: 12", {"12"}) is None
-    for where, fault in ((right.replace("-check", "-chek"), "no cell"), (right.replace("whom)", "who)"), "stands in section"),
-                         (right.replace("#who-may-look-at-whom", ""), "cannot be read"), (f"{right}, and so on", "cannot be read"),
-                         (right.replace("02_causal", "03_dropout"), "no page"), (right.replace("02_causal", "02_casual"), "no page"),
-                         (right.replace("causal-check", "setup"), "section"), ("planned: 12", "not on the list"),
-                         ("planned: soon", "cannot be read"), (f"{right}; planned: 11", "not on the list")):
+    for where, fault in (
+            (right.replace("-check", "-chek"), "no cell"), (right.replace("whom)", "who)"), "stands in section"),
+            (right.replace("#who-may-look-at-whom", ""), "cannot be read"), (f"{right}, and so on", "cannot be read"),
+            (right.replace("02_causal", "03_dropout"), "no page"), (right.replace("02_causal", "02_casual"), "no page"),
+            (right.replace("causal-check", "causal-map"), "asserts nothing"), ("planned: 12", "not on the list"),
+            ("planned: soon", "cannot be read"), (f"{right}; planned: 11", "not on the list")):
         assert fault in (wrong_answer(where, {"11"} if where.endswith(": 12") else {"12"}) or ""), where
     for source in ("x = 1  # assert", "print('assert x')", "def check():\n    assert x", "import x\nx.reassert_()"):
         assert not asserts(source), source
