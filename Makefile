@@ -1,4 +1,4 @@
-# make book | make test | make outputs | make mutate | make owner=NAME | make clean
+# make book | make test | make bench | make outputs | make mutate | make owner=NAME | make clean
 SHELL := /bin/bash
 .NOTPARALLEL:
 PY ?= python3
@@ -12,11 +12,12 @@ ifdef owner
 else
 .DEFAULT_GOAL := help
 endif
-.PHONY: help book html test outputs mutate lock owner clean
+.PHONY: help book html test bench outputs mutate lock owner clean
 
 help:
 	@echo "make book        the book, in _build/html"
 	@echo "make test        every check: export in sync, notebooks run, pytest"
+	@echo "make bench       time the layers beside PyTorch's and Hugging Face's; ARGS=--help says what else (minutes)"
 	@echo "make outputs     run the notebooks in place, keep their outputs, clean them (before a commit)"
 	@echo "make mutate      plant generated bugs in the package, count those the tests kill (slow)"
 	@echo "make owner=NAME  set the repository's owner in every file that names it"
@@ -47,6 +48,9 @@ test: $(V)/.ready
 	OMP_NUM_THREADS=1 nbdev_test --timing     # notebooks run side by side, one thread each
 	@$(MAKE) --no-print-directory html
 	python -m pytest
+
+bench: $(V)/.ready
+	@python -m benchmarks $(ARGS)
 
 outputs: $(V)/.ready
 	nbdev_export

@@ -2,6 +2,7 @@
 __version__ = "0.1.0"
 
 from .causal import CausalSelfAttention, bias_to_mask, causal_mask, mask_from_mha, mask_to_bias, padding_mask
+from .costs import interleaved_times, machine_limits, median_ratios, onednn_linears, peak_memory
 from .decoder_layer import DecoderLayer, RMSNorm, SwiGLU, rms_norm
 from .dropout import CausalAttention
 from .encoder_decoder import (
@@ -33,14 +34,15 @@ from .testing import (
 )
 
 __all__ = [
-    "CausalAttention", "CausalSelfAttention", "CrossDecoderLayer", "DecoderConfig", "DecoderLM",
-    "DecoderLayer", "EncoderLayer", "FeedForward", "GroupedQueryAttention", "KVCache", "MultiHeadAttention",
+    "CausalAttention", "CausalSelfAttention", "CrossDecoderLayer", "DecoderConfig", "DecoderLM", "DecoderLayer",
+    "EncoderLayer", "FeedForward", "GroupedQueryAttention", "KVCache", "MultiHeadAttention",
     "MultiHeadAttentionWrapper", "RMSNorm", "SelfAttention", "Seq2SeqTransformer", "SwiGLU", "Transformer",
     "alignment_theatre", "apply_rotary", "assert_as_precise", "assert_cache_equals_full", "assert_causal",
-    "assert_eval_deterministic", "assert_parity", "assert_permutation_equivariant",
-    "assert_rows_sum_to_one", "attention", "bias_to_mask", "cache_steps", "catches", "causal_mask",
-    "convert_rotary_layout", "generate", "grouped_attention", "kv_cache_bytes", "kv_calculator",
-    "mask_from_mha", "mask_grid", "mask_to_bias", "merge_heads", "padding_mask", "plot_attention",
-    "process_logits", "repeat_kv", "rms_norm", "rope_cos_sin", "rotary_dial", "sinusoidal_positions",
-    "slider_bars", "split_heads", "tolerance", "translate", "use_book_style",
+    "assert_eval_deterministic", "assert_parity", "assert_permutation_equivariant", "assert_rows_sum_to_one",
+    "attention", "bias_to_mask", "cache_steps", "catches", "causal_mask", "convert_rotary_layout", "generate",
+    "grouped_attention", "interleaved_times", "kv_cache_bytes", "kv_calculator", "machine_limits",
+    "mask_from_mha", "mask_grid", "mask_to_bias", "median_ratios", "merge_heads", "onednn_linears",
+    "padding_mask", "peak_memory", "plot_attention", "process_logits", "repeat_kv", "rms_norm", "rope_cos_sin",
+    "rotary_dial", "sinusoidal_positions", "slider_bars", "split_heads", "tolerance", "translate",
+    "use_book_style",
 ]

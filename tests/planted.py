@@ -826,6 +826,32 @@ BUGS += [
 ]
 
 
+def costs(name, old, new):
+    return Bug(name, "costs", old, new)
+
+
+BUGS += [
+    costs("times: the same order in each round", "for name in order.sample([*functions], len(functions)):",
+          "for name in functions:"),
+    costs("times: the first round counts", "if number >= warm:", "if number >= 0:"),
+    costs("times: the last round is lost", "range(warm + rounds)", "range(rounds)"),
+    costs("ratios: of medians, not of rounds", "statistics.median(\n        a / b for a, b in zip(seconds, times[to]))",
+          "statistics.median(seconds) / statistics.median(times[to])"),
+    costs("ratios: upside down", "a / b for a, b in", "b / a for a, b in"),
+    costs("ratios: the mean", "name: statistics.median(", "name: statistics.mean("),
+    costs("peak: what is left at the end", "most = max(most, held)", "most = held"),
+    costs("peak: everything that was ever taken", "held += event.nbytes()", "held += max(0, event.nbytes())"),
+    costs("limits: sums are not counted", "2 * rows * width ** 2", "rows * width ** 2"),
+    costs("limits: numbers for bytes", "numbers.nbytes", "numbers.numel()"),
+    costs("oneDNN: stays after the block", 'vars(layer).pop("forward", None)', "pass"),
+    costs("oneDNN: not tried first", "return bool((got - want).abs().max() <= bound)       # NaN: no", "return True"),
+    costs("oneDNN: gradients lost", "torch.is_grad_enabled() or torch", "torch"),
+    costs("oneDNN: bias forgotten", "return _onednn_linear(x, weight, layer.bias)", "return _onednn_linear(x, weight, None)"),
+    costs("oneDNN: one layer's weights for all", "partial(_fast_forward, layer)",
+          "partial(_fast_forward, [*chosen.values()][0])"),
+]
+
+
 def killed_by_tests(bug):
     """The first test that fails with the bug planted, or None. In a forked process: torch is loaded, the package is not."""
     import pytest

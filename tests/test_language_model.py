@@ -865,6 +865,26 @@ def test_writes_with_few_programs(windows):
 
 
 @pytest.mark.slow
+def test_a_training_step_is_one_program_at_every_length():
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    model = small().train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (5, 9, 12):
+        ids, found = some_ids(2, T), []
+        for module in (compiled, model):
+            model.zero_grad()
+            loss = module(ids, labels=ids)[0]
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        for a, b in zip(*found):
+            assert_close(a, b)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [None, (3, None, 2)])
 def test_exports_with_free_length(windows):
     model = small(windows=windows)
