@@ -154,6 +154,7 @@ def bias_to_mask(attn_bias: Tensor) -> Tensor:
 # %% ../nbs/02_causal.ipynb #check-values
 def _check_values(name: str, x: Tensor, low: int, high: int) -> None:
     """Raise unless all of x is in low .. high; not while compiling."""
+    x = x.long()             # small integers cannot hold a large bound
     bad = (x < low) | (x > high)
     if _has_values(x) and bad.any():
         raise ValueError(f"{name} must be in {low} .. {high}, "

@@ -730,6 +730,8 @@ def test_a_vocabulary_too_large_for_the_ids_is_refused():
     for dtype in (torch.int8, torch.uint8):
         with pytest.raises(ValueError, match=f"^input_ids must be of a dtype that holds 299, got {dtype}"):
             generate(model, some_ids().to(dtype), max_new_tokens=2)
+        with torch.no_grad():                # reading them is no trouble
+            assert torch.equal(model(some_ids().to(dtype)), model(some_ids()))
     assert generate(model, some_ids().to(torch.int16), max_new_tokens=2).dtype == torch.int16
 
 
