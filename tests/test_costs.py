@@ -1,4 +1,5 @@
 """Times in turn, ratios, peak memory and linear layers on oneDNN: what they give, what they refuse, that nothing stays behind."""
+import contextlib
 import copy
 import math
 
@@ -122,6 +123,47 @@ def test_no_gpu_is_said():
                  lambda: machine_limits(device="cuda")):
         with pytest.raises(ValueError, match="device must be one that is there: PyTorch finds no GPU, got cuda"):
             call()
+
+
+class Gpu:
+    """As much of torch.cuda as is asked: a call queues work, events are reached when somebody waits."""
+
+    def __init__(self, monkeypatch, clock):
+        self.log, self.clock = [], clock
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device", lambda d: contextlib.nullcontext(self.log.append(str(d))))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: self.log.append("wait"))
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda d: self.log.append("now") or 100)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda d: self.log.append("reset"))
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: self.log.append("most") or 350)
+
+    def event(self, enable_timing=False):
+        gpu = self
+
+        class Event:
+            def record(self):
+                gpu.log.append("event")
+                self.at = gpu.clock()
+
+            def elapsed_time(self, other):
+                assert enable_timing and gpu.log[-1] == "wait", "read before the work was done"
+                return 1000 * (other.at - self.at)
+        return Event()
+
+
+def test_on_a_gpu_events_are_read_after_waiting(monkeypatch):
+    clock = Clock()
+    gpu = Gpu(monkeypatch, clock)
+    assert interleaved_times({"a": clock.work("a", 2)}, 3, device="cuda:1", clock=lambda: 1 / 0) == {"a": [2.0] * 3}
+    assert clock.calls == ["a"] * 6          # three to warm up
+    assert gpu.log == ["cuda:1", "wait", "event", "event", "wait"] * 6
+
+
+def test_on_a_gpu_the_peak_is_what_came_on_top(monkeypatch):
+    gpu = Gpu(monkeypatch, Clock())
+    assert peak_memory(lambda: gpu.log.append("call"), "cuda") == 250
+    assert gpu.log == ["now", "reset", "call", "most"]
 
 
 # --- ratios
