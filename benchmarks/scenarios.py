@@ -411,33 +411,44 @@ def growth(new: int, device: str, quick: bool) -> Case:
 def compile_steps(device: str, quick: bool) -> list[tuple[str, Callable, Callable, list[int]]]:
     """Name, what is compiled, how it is called with a length (it or its compiled form), and the lengths."""
     D, H, Hkv = (64, 4, 2) if quick else (768, 12, 3)
-    lengths = [8, 12, 16] if quick else [64, 128, 192, 256]
+    lengths = [16, 12, 8] if quick else [256, 192, 128, 64]      # falling: a cache can only be cropped
     torch.manual_seed(0)
     layer = lively(GroupedQueryAttention(D, H, Hkv)).to(device).eval()
     model = DecoderLM(DecoderConfig(97, D, 2, H, Hkv, 2 * D)).to(device)
-    x = torch.randn(1, lengths[-1] + 1, D, device=device)
-    ids = torch.randint(97, (2, lengths[-1]), generator=torch.Generator().manual_seed(0)).to(device)
-    cache = KVCache(1, Hkv, 2 * lengths[-1], D // H, device=device)
+    x = torch.randn(1, lengths[0] + 1, D, device=device)
+    ids = torch.randint(97, (2, lengths[0]), generator=torch.Generator().manual_seed(0)).to(device)
+    cache = KVCache(1, Hkv, 2 * lengths[0], D // H, device=device)
+    writer = DecoderLM(DecoderConfig(97, 32, 2, 4, 2, 48) if quick else DecoderConfig(32000, 512, 8, 8, 2, 1408))
+    writer = writer.to(device).eval()
+    kept = writer.new_cache(1, 2 * lengths[0])
     with torch.no_grad():
         layer(x, cache=cache)
+        writer(ids[:1], cache=kept)
 
     def prompt(fn, T):
         with torch.no_grad():
             return fn(x[:, :T])
 
     def token(fn, T):
-        cache.reset()
-        cache._length = T                    # filled before
+        cache.crop(T)
         with torch.no_grad():
             return fn(x[:, T:T + 1], cache=cache)
 
+    def written(fn, T):
+        for layer_cache in kept:
+            layer_cache.crop(T - 1)
+        with torch.no_grad():
+            return fn(ids[:1, T - 1:T], cache=kept)
+
     def train(fn, T):
         model.zero_grad()
-        text = ids[:, :T].contiguous()
+        text = ids[:, :T].clone()
         loss = fn(text, labels=text)[0]
         loss.backward()
         return loss.detach(), model.lm_head.weight.grad
-    return [("a prompt through a layer", layer, prompt, lengths), ("one token, the cache growing", layer, token, lengths),
+    return [("a prompt through a layer", layer, prompt, lengths),
+            ("one token through a layer, any length of its cache", layer, token, lengths),
+            ("one token through eight layers, any length", writer, written, lengths),
             ("a training step of two layers", model, train, lengths)]
 
 

@@ -53,6 +53,12 @@ def test_each_function_runs_once_a_round_in_changing_order():
     assert len(set(rounds)) == 6, "every order comes"
 
 
+def test_twenty_rounds_unless_said_otherwise():
+    assert len(interleaved_times({"a": lambda: None})["a"]) == 20
+    with pytest.raises(TypeError):
+        interleaved_times({"a": lambda: None}, 3, "cpu")
+
+
 def test_the_first_round_is_not_counted():
     clock, first = Clock(), []
 
@@ -155,7 +161,8 @@ class Gpu:
 def test_on_a_gpu_events_are_read_after_waiting(monkeypatch):
     clock = Clock()
     gpu = Gpu(monkeypatch, clock)
-    assert interleaved_times({"a": clock.work("a", 2)}, 3, device="cuda:1", clock=lambda: 1 / 0) == {"a": [2.0] * 3}
+    assert interleaved_times({"a": clock.work("a", 0.25)}, 3, device="cuda:1", clock=lambda: 1 / 0) == {
+        "a": [0.25] * 3}
     assert clock.calls == ["a"] * 6          # three to warm up
     assert gpu.log == ["cuda:1", "wait", "event", "event", "wait"] * 6
 
@@ -193,6 +200,23 @@ def test_limits_count_products_and_bytes(monkeypatch):
     rows, width = x.shape
     assert weight.shape == (width, width) and flops == 2 * rows * width * width / 0.5    # the faster library counts
     assert bytes_ == seen[-1][0].nbytes / (0.5 * len(seen)) and bytes_ * 0.5 * len(seen) >= 2 ** 28
+
+
+def test_limits_of_a_gpu_take_more_work(monkeypatch):
+    """No GPU here: the road is taken with tensors that have no numbers."""
+    monkeypatch.setattr(costs, "_check_device", lambda device: torch.device("meta"))
+    monkeypatch.setattr(costs, "_fastest", lambda fn, *inputs: 2.0)
+    assert machine_limits(device="cuda") == (8192 ** 3, 4 * 2 ** 28 / 2)
+
+
+def test_limits_of_a_cpu_without_the_second_library(monkeypatch):
+    tried = []
+    monkeypatch.setattr(costs, "_onednn_fits", lambda layer: False)
+    monkeypatch.setattr(costs, "_fastest", lambda fn, *inputs: tried.append(fn) or 1.0)
+    assert machine_limits() == (2 * 2048 * 768 ** 2, 4 * 2 ** 26) and tried == [F.linear, torch.sum]
+    tried.clear()
+    machine_limits(torch.bfloat16)
+    assert tried == [F.linear, torch.sum]
 
 
 def test_limits_are_of_this_machine():
@@ -243,7 +267,15 @@ def test_a_failing_call_leaves_no_profiler_behind():
 
 # --- linear layers on oneDNN
 
-HERE = costs._onednn_fits(nn.Linear(64, 64))
+def works():
+    """Asked of PyTorch, not of the code under test."""
+    try:
+        return bool((torch.ops.mkldnn._linear_pointwise(torch.ones(1, 8), torch.eye(8), None, "none", [], "") == 1).all())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+HERE = works()
 onednn = pytest.mark.skipif(not HERE, reason="this PyTorch has no oneDNN for this processor")
 
 
