@@ -20,6 +20,15 @@ def stop(why: str) -> None:
     raise SystemExit(2)
 
 
+def writable(path: Path) -> bool:
+    """Can a file be made there, or an ordinary one be replaced?"""
+    try:
+        return path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_symlink() and (
+            path.is_file() or not path.exists())
+    except OSError:                          # a name too long, say
+        return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,8 +44,8 @@ def main() -> None:
         import torch
 
         from benchmarks import measure, scenarios
-    except ModuleNotFoundError as error:
-        stop(f"{error.name} is missing, and the table needs it: make bench installs it")
+    except ImportError as error:
+        stop(f"{error.name or error} is missing or broken, and the table needs it: make bench installs it")
     unknown = [name for name in options.names if name not in scenarios.NAMES]
     if unknown:
         stop(f"no scenario {unknown[0]!r}; there are {', '.join(scenarios.NAMES)}")
@@ -47,12 +56,16 @@ def main() -> None:
     if options.rounds is not None and options.rounds < 1:
         stop(f"rounds must be at least 1, got {options.rounds}")
     out = options.out
-    if out is None and not options.names and not options.quick:
+    if out is None and not options.names and not options.quick and options.rounds is None:
         out = TABLES / f"bench_{options.device}.json"
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        stop(f"out must be a file in a folder that exists, got {out}")
-    found = measure.run(options.names or [*scenarios.NAMES], options.device, options.quick, options.rounds or (
-        2 if options.quick else None))
+    if out is not None and not writable(out):
+        stop(f"out must be a file in a folder that can be written, got {str(out)[:200]}")
+    rounds = options.rounds or (2 if options.quick else None)
+    try:
+        found = measure.run(options.names or [*scenarios.NAMES], options.device, options.quick, rounds)
+    except measure.Wrong as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        raise SystemExit(1)
     print("\n".join(measure.lines(found)))
     if out is not None:
         measure.write(found, out)

@@ -5,8 +5,10 @@ that any implementation must call; "step", an earlier step of the book. Nothing 
 """
 import copy
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +34,10 @@ from attn_nb import (
 
 @dataclass
 class Case:
-    """One comparison. want: the right outputs in float64 for each side; without it all must give what the first one gives.
+    """One comparison. want: the right outputs in float64, for each side that is compared.
 
-    probes: what is compared with `want` in place of the sides, where the sides themselves give no numbers to compare.
+    Sides that write text: `same` says that all must write exactly what the first one writes, and `regret` gives the error of
+    a text, judged in float64.
     """
     title: str
     sides: dict[str, tuple[str, Callable]]
@@ -42,18 +45,22 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     rounds: int = 20
+    dtype: torch.dtype = torch.float32
     unchecked: tuple[str, ...] = ()          # parts, which leave something out
     trains: bool = False
-    probes: dict[str, Callable] | None = None
+    same: bool = False
+    regret: Callable[[Tensor], float] | None = None
+    token: tuple[float, float] = (0.0, 0.0)  # FLOPs and bytes of the next token, and its cache
+    cache_bytes: int = 0
 
 
-def has(package: str) -> bool:
-    """Is a package installed that is welcome and not required?"""
+def missing(package: str) -> str:
+    """Why a package that is welcome, and not required, cannot be used; empty if it can."""
     try:
         importlib.import_module(package)
-    except ImportError:
-        return False
-    return True
+    except Exception as error:               # whatever a broken installation raises
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 def lively(module: nn.Module) -> nn.Module:
@@ -93,22 +100,41 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gradients(run: Callable, x: Tensor, parameters: list[Tensor], out_grad: Tensor) -> Callable:
-    """A forward and backward pass; the output and the gradient of x."""
+    """A forward and backward pass: the output, the gradient of x, and the size of the matrices' gradients together."""
+    matrices = [p for p in parameters if p.dim() == 2]
+
     def step():
         with torch.enable_grad():
             for t in (x, *parameters):
                 t.grad = None
             out = run()
             out.backward(out_grad)
-        return out.detach(), x.grad
+        return out.detach(), x.grad, torch.stack([p.grad.double().square().sum() for p in matrices]).sum().sqrt()
     return step
+
+
+def with_biases(layer: MultiHeadAttention) -> nn.MultiheadAttention:
+    """PyTorch's layer with biases, all 0: the same function, which takes its fast path in inference."""
+    other = MultiHeadAttention(layer.q_proj.in_features, layer.o_proj.out_features, None, 0.0, layer.num_heads, qkv_bias=True)
+    other = other.to(layer.q_proj.weight)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p.copy_(layer.get_parameter(name)) if p.dim() == 2 else p.zero_()
+    return other.eval().to_torch()
+
+
+def pytorchs(layer: nn.MultiheadAttention, x: Tensor, closed: Tensor, weights: bool = False) -> Tensor:
+    """PyTorch's layer, told in every way that it is causal."""
+    if weights:
+        return layer(x, x, x, attn_mask=closed, average_attn_weights=False)[0]
+    return layer(x, x, x, need_weights=False, is_causal=True, attn_mask=closed)[0]
 
 
 def mha(dtype: torch.dtype, device: str, quick: bool, train: bool = False) -> Case:
     B, T, D, H = (2, 32, 64, 4) if quick else (2, 1024, 768, 12)
     torch.manual_seed(0)
     layer = lively(MultiHeadAttention(D, D, None, 0.0, H, out_bias=False)).to(device, dtype).eval()
-    theirs = layer.to_torch()
+    theirs, biased = layer.to_torch(), with_biases(layer)
     wrapper = MultiHeadAttentionWrapper(D, D // H, T, 0.0, H).to(device, dtype).eval()
     with torch.no_grad():
         for h, head in enumerate(wrapper.heads):
@@ -119,14 +145,13 @@ def mha(dtype: torch.dtype, device: str, quick: bool, train: bool = False) -> Ca
     runs = {
         "ours": ("ours", layer, lambda: layer(x)),
         "parts": ("parts", layer, lambda: bare(layer, x)),
-        "nn.MultiheadAttention": ("peer", theirs, lambda: theirs(
-            x, x, x, need_weights=False, is_causal=True, attn_mask=closed)[0]),
-        "nn.MultiheadAttention, weights returned": ("peer", theirs, lambda: theirs(
-            x, x, x, attn_mask=closed, average_attn_weights=False)[0]),
-        "heads one by one (04)": ("step", wrapper, lambda: layer.o_proj(wrapper(x))),
+        "nn.MultiheadAttention": ("peer", theirs, lambda: pytorchs(theirs, x, closed)),
+        "nn.MultiheadAttention, with biases": ("peer", biased, lambda: pytorchs(biased, x, closed)),
+        "nn.MultiheadAttention, weights returned": ("peer", theirs, lambda: pytorchs(theirs, x, closed, True)),
+        "heads one by one (04)": ("step", nn.ModuleList([wrapper, layer.o_proj]), lambda: layer.o_proj(wrapper(x))),
         "scores kept (05)": ("step", layer, lambda: layer(x, return_weights=True)[0]),
     }
-    if has("x_transformers"):
+    if not missing("x_transformers"):
         from x_transformers.x_transformers import Attention
         other = Attention(D, dim_head=D // H, heads=H, causal=True, flash=True).to(device, dtype).eval()
         with torch.no_grad():
@@ -136,18 +161,21 @@ def mha(dtype: torch.dtype, device: str, quick: bool, train: bool = False) -> Ca
         runs["x-transformers"] = ("peer", other, lambda: other(x))
     exact, wide = copy.deepcopy(layer).double(), x.detach().double()
     flops, traffic = layer_cost(B, T, 0, D, H, H, dtype.itemsize)
+    if dtype == torch.float32 and device == "cpu" and not train:
+        twin = on_onednn(layer)
+        runs["ours, onednn_linears"] = ("ours", twin, lambda: twin(x))
     if not train:
         with torch.no_grad():
             want = (exact(wide, return_weights=True)[0],)
         return Case(f"a prompt through one layer: B {B}, T {T}, d {D}, {H} heads", {n: (k, f) for n, (k, _, f) in runs.items()},
-                    dict.fromkeys(runs, want), flops, traffic, 10)
+                    dict.fromkeys(runs, want), flops, traffic, 10, dtype)
     x.requires_grad_()
     wide.requires_grad_()
     out_grad = torch.randn_like(x)
-    steps = {n: (k, gradients(f, x, [*m.parameters(), layer.o_proj.weight], out_grad)) for n, (k, m, f) in runs.items()}
+    steps = {n: (k, gradients(f, x, [*m.parameters()], out_grad)) for n, (k, m, f) in runs.items()}
     want = gradients(lambda: exact(wide, return_weights=True)[0], wide, [*exact.parameters()], out_grad.double())()
     return Case(f"forward and backward: B {B}, T {T}, d {D}, {H} heads", steps, dict.fromkeys(runs, want), 3 * flops,
-                3 * traffic, 5, trains=True)
+                3 * traffic, 5, dtype, trains=True)
 
 
 def mha_train(dtype: torch.dtype, device: str, quick: bool) -> Case:
@@ -169,16 +197,19 @@ def gqa(dtype: torch.dtype, device: str, quick: bool) -> Case:
     sides = {"ours": ("ours", lambda: layer(x, rope=rope)), "parts": ("parts", lambda: bare(layer, x, rope))}
     for kind in ("sdpa", "eager"):
         theirs = LlamaAttention(llama(D, H, Hkv, T, kind), 0).to(device, dtype).eval()
-        theirs.load_state_dict(layer.state_dict())
+        theirs.load_state_dict(layer.state_dict(), assign=True)        # the same memory
         tables = LlamaRotaryEmbedding(theirs.config).to(device)(x, positions)
         mask = None if kind == "sdpa" else torch.zeros(1, 1, T, T, device=device, dtype=dtype).masked_fill(
             ~causal_mask(T, device=device), torch.finfo(dtype).min)
         sides[f"transformers, {kind}"] = ("peer", lambda theirs=theirs, tables=tables, mask=mask: theirs(x, tables, mask)[0])
+    if dtype == torch.float32 and device == "cpu":
+        twin = on_onednn(layer)
+        sides["ours, onednn_linears"] = ("ours", lambda: twin(x, rope=rope))
     with torch.no_grad():
         exact = copy.deepcopy(layer).double()
         want = (exact(x.double(), rope=tuple(t.double() for t in rope), return_weights=True)[0],)
     return Case(f"{H} query heads, {Hkv} KV heads, rotary: B {B}, T {T}, d {D}", sides, dict.fromkeys(sides, want),
-                *layer_cost(B, T, 0, D, H, Hkv, dtype.itemsize), 10)
+                *layer_cost(B, T, 0, D, H, Hkv, dtype.itemsize), 10, dtype)
 
 
 # --- one token after a cache
@@ -198,7 +229,7 @@ def one_token(cached: int, dtype: torch.dtype, device: str, quick: bool) -> Case
     past, last = text[:, :-1], text[:, -1:]
     config = llama(D, H, Hkv, cached + 1, "sdpa")
     theirs = LlamaAttention(config, 0).to(device, dtype).eval()
-    theirs.load_state_dict(layer.state_dict())
+    theirs.load_state_dict(layer.state_dict(), assign=True)        # the same memory
     tables = LlamaRotaryEmbedding(config).to(device)(text, torch.arange(cached + 1, device=device)[None])
     before, now = ([t[:, s] for t in tables] for s in (slice(-1), slice(-1, None)))
     half = [tuple(t[..., :Dh // 2].contiguous() for t in pair) for pair in (before, now)]
@@ -213,7 +244,7 @@ def one_token(cached: int, dtype: torch.dtype, device: str, quick: bool) -> Case
         exact = copy.deepcopy(layer).double()
         want = (exact(text.double(), rope=tuple(t[..., :Dh // 2].double() for t in tables))[:, -1:],)
 
-    def our_token():
+    def our_token(layer=layer):
         ours.crop(cached)
         return layer(last, cache=ours, rope=half[1])
 
@@ -240,26 +271,17 @@ def one_token(cached: int, dtype: torch.dtype, device: str, quick: bool) -> Case
              "parts, with positions and the new slot": ("parts", lambda: parts(1)),
              "transformers, StaticCache": ("peer", static_token), "transformers, DynamicCache": ("peer", dynamic_token)}
     if dtype == torch.float32 and device == "cpu":
-        sides["ours, onednn_linears"] = ("ours", switched(layer, our_token))
+        sides["ours, onednn_linears"] = ("ours", partial(our_token, on_onednn(layer)))
     return Case(f"one token after {cached}: d {D}, {H} heads, {Hkv} KV heads", sides, dict.fromkeys(sides, want),
-                *layer_cost(1, 1, cached, D, H, Hkv, dtype.itemsize), 50, unchecked=("parts",))
+                *layer_cost(1, 1, cached, D, H, Hkv, dtype.itemsize), 50, dtype, unchecked=("parts",))
 
 
-def switched(model: nn.Module, run: Callable) -> Callable:
-    """run, with the linear layers of the model on oneDNN; made ready once, not at each call."""
-    with onednn_linears(model):
-        fast = {name: layer.forward for name, layer in model.named_modules() if "forward" in vars(layer)}
-    layers = dict(model.named_modules())
-
-    def call():
-        for name, forward in fast.items():
-            layers[name].forward = forward
-        try:
-            return run()
-        finally:
-            for name in fast:
-                del layers[name].forward
-    return call
+def on_onednn(model: nn.Module) -> nn.Module:
+    """A copy inside a block of onednn_linears that stays open."""
+    twin = copy.deepcopy(model)
+    twin.block = onednn_linears(twin)
+    twin.block.__enter__()
+    return twin
 
 
 # --- a whole text
@@ -273,35 +295,40 @@ def writing(dtype: torch.dtype, device: str, quick: bool) -> Case:
         ours.model.embed_tokens.weight.normal_()         # so that the best token is clear
     ours = ours.to(device, dtype)
     theirs = LlamaForCausalLM(LlamaConfig(**{**config.to_hf(), "attn_implementation": "sdpa"})).to(device, dtype).eval()
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(ours.state_dict(), assign=True)
     ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(1)).to(device)
-    options = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    options = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0,
+               "eos_token_id": None}
 
     def static():
         cache = StaticCache(config=theirs.config, max_cache_len=prompt + new)
-        return theirs.generate(ids, past_key_values=cache, **options, disable_compile=True)
+        return theirs.generate(ids, past_key_values=cache, **options, disable_compile=device == "cpu")
 
-    def write():
-        return generate(ours, ids, max_new_tokens=new)
+    def write(model=ours):
+        return generate(model, ids, max_new_tokens=new)
 
     sides = {"ours": ("ours", write), "parts": ("parts", bare_text(ours, prompt, new)),
              "transformers, DynamicCache": ("peer", lambda: theirs.generate(ids, **options)),
              "transformers, StaticCache": ("peer", static),
              "without a cache (10)": ("step", lambda: generate(ours, ids, max_new_tokens=new, use_cache=False))}
     if dtype == torch.float32 and device == "cpu":
-        sides["ours, onednn_linears"] = ("ours", switched(ours, write))
+        sides["ours, onednn_linears"] = ("ours", partial(write, on_onednn(ours)))
     table = config.vocab_size * config.d_model
     weights = sum(p.numel() for p in ours.parameters()) - table      # one row of the table is read, not all
-    want, probes = None, None
-    if dtype != torch.float32:               # two tokens may be about equal: compare scores, not choices
-        with torch.no_grad():
-            exact = copy.deepcopy(ours).double()(ids)
-        want = {name: (exact,) for name, (kind, _) in sides.items() if kind != "parts"}
-        probes = {name: (lambda: theirs(ids).logits) if sides[name][0] == "peer" else (lambda: ours(ids)) for name in want}
+    exact = copy.deepcopy(ours).double()
+
+    def regret(text):
+        """How far below the best score the worst written token is, in parts of the largest score."""
+        if text.shape != (1, prompt + new) or not torch.equal(text[:, :prompt], ids):
+            return math.inf
+        scores = exact(text)[:, prompt - 1:-1]
+        chosen = scores.gather(-1, text[:, prompt:, None]).squeeze(-1)
+        return ((scores.max(-1).values - chosen).max() / scores.abs().max()).item()
     kept = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (prompt + new // 2)
     return Case(f"write {new} tokens after {prompt}: {config.num_layers} layers, d {config.d_model}, {config.num_heads} heads, "
-                f"{config.num_kv_heads} KV heads, vocabulary {config.vocab_size}", sides, want,
-                2 * weights * (prompt + new), dtype.itemsize * new * (weights + kept), 7, unchecked=("parts",), probes=probes)
+                f"{config.num_kv_heads} KV heads, vocabulary {config.vocab_size}", sides, None,
+                2 * (weights - table) * (prompt + new - 1) + 2 * table * new, dtype.itemsize * new * (weights + kept), 7, dtype,
+                unchecked=("parts",), regret=regret, same=dtype == torch.float32)    # in bfloat16 two may be about equal
 
 
 def bare_text(model: DecoderLM, prompt: int, new: int) -> Callable:
@@ -375,7 +402,8 @@ def ladder(T: int, device: str, quick: bool) -> Case:
         want = dict.fromkeys(sides, (exact(text.double(), return_weights=True)[0],))
         want["grouped, 2 KV heads (06)"] = (shared(text.double(), return_weights=True)[0],)
         want["next token, cached (07)"] = (shared(x.double(), return_weights=True)[0][:, -1:],)
-    return Case(f"the steps of the book, T {T}", sides, want, *layer_cost(1, T, 0, D, H, H, 4), 7)
+    return Case(f"the steps of the book, T {T}", sides, want, *layer_cost(1, T, 0, D, H, H, 4), 7,
+                token=layer_cost(1, 1, T, D, H, Hkv, 4), cache_bytes=cache.nbytes)
 
 
 def memory(T: int, device: str, quick: bool) -> Case:
@@ -383,16 +411,19 @@ def memory(T: int, device: str, quick: bool) -> Case:
     dtype = torch.float32
     D, H = (64, 4) if quick else (768, 12)
     torch.manual_seed(0)
-    layer = lively(MultiHeadAttention(D, D, None, 0.0, H)).to(device, dtype).eval()
-    theirs = layer.to_torch()
+    layer = lively(MultiHeadAttention(D, D, None, 0.0, H, out_bias=False)).to(device, dtype).eval()
+    theirs, biased = layer.to_torch(), with_biases(layer)
     x = torch.randn(1, T, D, device=device, dtype=dtype)
     closed = ~causal_mask(T, device=device)
-    return Case(f"peak memory, T {T}", {
+    sides = {
         "ours": ("ours", lambda: layer(x)), "parts": ("parts", lambda: bare(layer, x)),
-        "nn.MultiheadAttention": ("peer", lambda: theirs(x, x, x, need_weights=False, is_causal=True, attn_mask=closed)[0]),
-        "nn.MultiheadAttention, weights returned": ("peer", lambda: theirs(
-            x, x, x, attn_mask=closed, average_attn_weights=False)[0]),
-        "scores kept (05)": ("step", lambda: layer(x, return_weights=True)[0])})
+        "nn.MultiheadAttention": ("peer", lambda: pytorchs(theirs, x, closed)),
+        "nn.MultiheadAttention, with biases": ("peer", lambda: pytorchs(biased, x, closed)),
+        "nn.MultiheadAttention, weights returned": ("peer", lambda: pytorchs(theirs, x, closed, True)),
+        "scores kept (05)": ("step", lambda: layer(x, return_weights=True)[0])}
+    with torch.no_grad():
+        want = (copy.deepcopy(layer).double()(x.double(), return_weights=True)[0],)
+    return Case(f"peak memory, T {T}", sides, dict.fromkeys(sides, want))
 
 
 def growth(new: int, device: str, quick: bool) -> Case:
@@ -403,7 +434,7 @@ def growth(new: int, device: str, quick: bool) -> Case:
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     return Case(f"write {new} tokens", {
         "with a cache": ("ours", lambda: generate(model, ids, max_new_tokens=new)),
-        "without": ("step", lambda: generate(model, ids, max_new_tokens=new, use_cache=False))}, None, rounds=3)
+        "without": ("step", lambda: generate(model, ids, max_new_tokens=new, use_cache=False))}, rounds=3, same=True)
 
 
 # --- torch.compile

@@ -98,7 +98,14 @@ def test_the_global_generators_are_left_alone():
     layer = nn.Linear(4, 4)
     state = torch.get_rng_state()
     with onednn_linears(layer):
+        machine_limits()
         assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_functions_may_change_the_dict():
+    functions = {"b": lambda: None}
+    functions["a"] = lambda: functions.clear()
+    assert {name: len(seconds) for name, seconds in interleaved_times(functions, 3).items()} == {"a": 3, "b": 3}
 
 
 def test_an_error_passes_through():
@@ -137,6 +144,7 @@ class Gpu:
     def __init__(self, monkeypatch, clock):
         self.log, self.clock = [], clock
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "device", lambda d: contextlib.nullcontext(self.log.append(str(d))))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: self.log.append("wait"))
         monkeypatch.setattr(torch.cuda, "Event", self.event)
@@ -165,6 +173,8 @@ def test_on_a_gpu_events_are_read_after_waiting(monkeypatch):
         "a": [0.25] * 3}
     assert clock.calls == ["a"] * 6          # three to warm up
     assert gpu.log == ["cuda:1", "wait", "event", "event", "wait"] * 6
+    with pytest.raises(ValueError, match="there are 2 GPUs, got cuda:2"):
+        interleaved_times({"a": print}, device="cuda:2")
 
 
 def test_on_a_gpu_the_peak_is_what_came_on_top(monkeypatch):
@@ -184,7 +194,9 @@ def test_ratios_are_paired_medians():
 @pytest.mark.parametrize("times, to, words", [
     ({"a": [1.0]}, "b", "to must be one of a, got 'b'"), ({}, "a", "to must be one of"),
     ({"a": [1.0], "b": [1.0, 2.0]}, "a", "times must have as many rounds for each name"),
-    ({"a": [], "b": []}, "a", "times must have at least one round")])
+    ({"a": [], "b": []}, "a", "times must have at least one round"),
+    ({"a": [1.0, 0.0], "b": [1.0, 1.0]}, "a", "times of 'a' must be above 0, got 0.0"),
+    ({("a", 1): [1.0]}, "b", "to must be one of ")])
 def test_bad_input_to_ratios(times, to, words):
     with pytest.raises(ValueError, match=words):
         median_ratios(times, to=to)
@@ -211,7 +223,7 @@ def test_limits_of_a_gpu_take_more_work(monkeypatch):
 
 def test_limits_of_a_cpu_without_the_second_library(monkeypatch):
     tried = []
-    monkeypatch.setattr(costs, "_onednn_fits", lambda layer: False)
+    monkeypatch.setattr(costs, "_onednn_is_right", lambda weight, bias: False)
     monkeypatch.setattr(costs, "_fastest", lambda fn, *inputs: tried.append(fn) or 1.0)
     assert machine_limits() == (2 * 2048 * 768 ** 2, 4 * 2 ** 26) and tried == [F.linear, torch.sum]
     tried.clear()
@@ -253,6 +265,16 @@ def test_peak_of_fused_and_explicit_scores():
         layer(x)
         explicit, fused = peak_memory(lambda: layer(x, return_weights=True)), peak_memory(lambda: layer(x))
     assert explicit > 4 * 4 * 512 * 512 > fused
+
+
+def test_there_is_one_profiler():
+    with pytest.raises(RuntimeError, match="needs the profiler of PyTorch, which is in use"):
+        peak_memory(lambda: peak_memory(lambda: None))
+    with torch.profiler.profile() as profile:
+        with pytest.raises(RuntimeError, match="in use"):
+            peak_memory(lambda: None)
+        torch.ones(3)
+    assert profile.events()
 
 
 def test_a_failing_call_leaves_no_profiler_behind():
@@ -361,6 +383,55 @@ def test_with_gradients_it_is_the_plain_layer():
         out = layer(x)
         out.sum().backward()
     assert torch.equal(out, layer(x)) and torch.equal(x.grad, want[0]) and torch.equal(layer.weight.grad, want[1])
+
+
+@onednn
+def test_forward_derivatives_are_not_lost():
+    layer, x = nn.Linear(5, 4), torch.randn(3, 5)
+    want = torch.func.jvp(layer, (x,), (x,))[1]
+    with torch.no_grad(), onednn_linears(layer):
+        assert torch.equal(torch.func.jvp(layer, (x,), (x,))[1], want)
+        assert torch.equal(torch.func.jacfwd(layer)(x[0]), layer.weight)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            assert torch.equal(torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent, want)
+
+
+@onednn
+def test_a_patch_made_inside_stays():
+    layer = nn.Linear(3, 3)
+    with onednn_linears(layer):
+        layer.forward = mine = lambda x: x
+    assert vars(layer)["forward"] is mine
+
+
+@onednn
+@torch.no_grad()
+def test_parameters_that_are_exchanged_inside():
+    layer, x = nn.Linear(5, 4), torch.randn(3, 5)
+    with onednn_linears(layer):
+        for other in ({"bias": torch.randn(4)}, {"weight": torch.randn(4, 5)}, {"bias": torch.tensor(5.0)}):
+            want = F.linear(x, other.get("weight", layer.weight), other.get("bias", layer.bias))
+            torch.testing.assert_close(torch.func.functional_call(layer, other, (x,)), want)
+        assert torch.func.functional_call(layer, {"weight": torch.empty(4, 5, device="meta"),
+                                                  "bias": torch.empty(4, device="meta")}, (x.to("meta"),)).is_meta
+        nested = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
+        torch.testing.assert_close(layer(nested).unbind()[1], F.linear(x[:2], layer.weight, layer.bias))
+        torch.testing.assert_close(layer(x.to_sparse_csr()), F.linear(x, layer.weight, layer.bias))
+
+
+@onednn
+def test_defaults_of_the_session_do_not_matter():
+    layer = nn.Linear(4, 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), onednn_linears(layer) as names:
+            assert names == [""]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    layer.weight = None
+    with onednn_linears(layer) as names:
+        assert names == []
 
 
 @onednn

@@ -50,7 +50,7 @@ def test_no_directive_and_no_traceback(written):
         noise = [b.get_text()[:60] for b in article(soup).select(".stderr")]
         assert not noise, f"{name}: what was written to stderr is on the page; flag the cell warning: false: {noise}"
         text = article(soup).get_text(" ")
-        for raw in ("{cite", "{term}", "{ref}", "{eq}", ":::", "glossary.md#", "fig-alt", "colab-badge"):
+        for raw in ("{cite", "{term}", "{ref}", "{eq}", ":::", "glossary.md#", "fig-alt", "colab-badge", "USDT:"):
             assert raw not in text, f"{name}: {raw} reached the page"
 
 

@@ -36,12 +36,13 @@ TAGS = {("echo", "false"): "remove-input", ("output", "false"): "remove-output",
 
 
 def split(source):
-    """The leading `#| key: value` lines of a cell as a dict, and the rest of its source."""
+    """The leading `#| key: value` lines of a cell as a dict, and the rest of its source; a title may stand before them."""
     lines, directives = source.splitlines(True), {}
+    title = [lines.pop(0)] if lines and TITLE.match(lines[0]) else []
     while lines and (m := LINE.match(lines[0])):
         directives[m[1]] = m[2].strip("\"'")
         lines.pop(0)
-    return directives, "".join(lines)
+    return directives, "".join(title + lines)
 
 
 @cache
