@@ -188,8 +188,8 @@ def machine_limits(dtype: torch.dtype = torch.float32,
     device = _check_device(device)
     rows, width, count = (2048, 768, 2 ** 26) if device.type == "cpu" else (
         8192, 8192, 2 ** 28)
-    x, weight = (torch.linspace(-1, 1, n * width, device=device).to(
-        dtype).view(n, width) for n in (rows, width))
+    line = torch.linspace(-1, 1, width, device=device).to(dtype)
+    x, weight = line.repeat(rows, 1), line.repeat(width, 1)
     products = [F.linear]
     if device.type == "cpu" and dtype == torch.float32 and (
             _onednn_is_right(weight, None)):
