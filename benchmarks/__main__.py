@@ -43,12 +43,12 @@ def main() -> None:
     try:
         import torch
 
-        from benchmarks import measure, scenarios
+        from benchmarks import measure
     except ImportError as error:
         stop(f"{error.name or error} is missing or broken, and the table needs it: make bench installs it")
-    unknown = [name for name in options.names if name not in scenarios.NAMES]
+    unknown = [name for name in options.names if name not in measure.NAMES]
     if unknown:
-        stop(f"no scenario {unknown[0]!r}; there are {', '.join(scenarios.NAMES)}")
+        stop(f"no scenario {unknown[0]!r}; there are {', '.join(measure.NAMES)}")
     if options.device not in ("cpu", "cuda"):
         stop(f"device must be cpu or cuda, got {options.device!r}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -62,7 +62,7 @@ def main() -> None:
         stop(f"out must be a file in a folder that can be written, got {str(out)[:200]}")
     rounds = options.rounds or (2 if options.quick else None)
     try:
-        found = measure.run(options.names or [*scenarios.NAMES], options.device, options.quick, rounds)
+        found = measure.run(options.names or [*measure.NAMES], options.device, options.quick, rounds)
     except measure.Wrong as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         raise SystemExit(1)

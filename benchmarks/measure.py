@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
 from attn_nb import interleaved_times, machine_limits, median_ratios, peak_memory
@@ -151,6 +152,7 @@ def compiled(device: str, quick: bool, limits: tuple[float, float]) -> list[dict
 
 
 SWEEPS = {"ladder": ladder, "memory": memory, "growth": growth, "compile": compiled}
+NAMES = (*scenarios.SCENARIOS, *SWEEPS)
 
 
 def run(names: list[str], device: str, quick: bool, rounds: int | None) -> dict:
@@ -159,7 +161,7 @@ def run(names: list[str], device: str, quick: bool, rounds: int | None) -> dict:
     limits = {dtype: machine_limits(dtype, device) for dtype in dtypes}
     found = {"device": torch.cuda.get_device_name() if device == "cuda" else processor(),
              "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
-             "transformers": __import__("transformers").__version__, "quick": quick,
+             "transformers": transformers.__version__, "quick": quick,
              "limits": {str(d)[6:]: {"gflops": f / 1e9, "gbytes": b / 1e9} for d, (f, b) in limits.items()},
              "scenarios": {}, "sweeps": {}, "skipped": []}
     if why := scenarios.missing("x_transformers"):

@@ -24,12 +24,12 @@ def bench(*args, code=None):
 
 @pytest.mark.slow
 def test_every_scenario_runs_and_is_written(tmp_path):
-    names = [name for name in scenarios.NAMES if name != "compile"]      # a minute, for nothing more than "it runs"
+    names = [name for name in measure.NAMES if name != "compile"]      # a minute, for nothing more than "it runs"
     done = bench("--quick", "--out", str(tmp_path / "table.json"), *names)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "table.json").read_text())
     assert set(found["scenarios"]) == {f"{n} {d}" for n in scenarios.SCENARIOS for d in ("float32", "bfloat16")}
-    assert set(found["sweeps"]) == set(scenarios.SWEEPS) - {"compile"} and found["quick"]
+    assert set(found["sweeps"]) == set(measure.SWEEPS) - {"compile"} and found["quick"]
     assert_whole(found)
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
     assert "[1/" in done.stderr and "gqa float32" in done.stdout and "ratio" in done.stdout
@@ -51,7 +51,7 @@ def assert_whole(found):
 
 def test_the_committed_table_is_whole():
     found = json.loads(TABLE.read_text())
-    assert not found["quick"] and set(found["sweeps"]) == set(scenarios.SWEEPS)
+    assert not found["quick"] and set(found["sweeps"]) == set(measure.SWEEPS)
     assert set(found["scenarios"]) == {f"{n} {d}" for n in scenarios.SCENARIOS for d in ("float32", "bfloat16")}
     assert_whole(found)
     pins = dict(line.split(" ;")[0].strip().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
