@@ -19,13 +19,10 @@ import shape_comments  # noqa: E402
 
 class Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname):
-        source, module = self.get_data(self.path).decode(), fullname.removeprefix("attn_nb.")
-        for bug in planted.BUGS:
-            if bug.name == os.environ.get("ATTN_NB_PLANT") and bug.module == module:
-                source = bug.plant(source)
+        module, source = fullname.removeprefix("attn_nb."), self.get_data(self.path).decode()
         if planted.MUTANT and planted.MUTANT[0] == module:
             source = planted.MUTANT[1]
-        return compile(shape_comments.instrument(source, Path(self.path).name), self.path, "exec")
+        return shape_comments.compiled(source, self.path)
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -38,20 +35,16 @@ class Finder(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Finder())
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: not run on planted and generated bugs")
-    config.addinivalue_line("markers", "browser: needs Chromium")
-
-
 def pytest_collection_modifyitems(items):
     """With a bug planted the quick tests go first: most bugs die in a moment."""
-    if planted.MUTANT or os.environ.get("ATTN_NB_PLANT"):
+    if planted.MUTANT:
         items.sort(key=lambda item: hasattr(getattr(item, "obj", None), "hypothesis"))
 
 
 def pytest_sessionfinish(session, exitstatus):
     """In CI a skipped test is a failure: nothing may go unchecked in silence."""
-    skipped = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []      # a worker of xdist has none
     if os.environ.get("CI") and skipped and exitstatus == 0:
         print(f"\nCI: {len(skipped)} skipped tests count as failures")
         session.exitstatus = 1

@@ -1,4 +1,7 @@
-"""Run a chapter's cells in plain Python, with a bug planted in the exported ones: which cell notices?"""
+"""Run a chapter's cells in plain Python, with a bug planted in the exported ones: which cell notices?
+
+    python tests/run_chapter.py single_head kv_cache     # without a bug: every cell must pass
+"""
 import contextlib
 import io
 import multiprocessing
@@ -7,21 +10,13 @@ import types
 import warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-import nbformat
+import planted
 import torch
 
 matplotlib.use("Agg")
-ROOT = Path(__file__).parent.parent
-
-
-def code_cells(notebook):
-    """(id, source) of the code cells that plain Python can run."""
-    nb = nbformat.read(notebook, 4)
-    return [(c.id, c.source) for c in nb.cells if c.cell_type == "code" and "%pip" not in c.source]
 
 
 def fresh(values=()):
@@ -47,39 +42,49 @@ def run(cells, namespace):
     return None
 
 
-def values_after(notebook, ids):
-    """The namespace after running the named cells, in the notebook's order."""
+def values_after(module, ids):
+    """The namespace after running the named cells of a chapter, in the notebook's order."""
     namespace = fresh()
-    failed = run([(name, source) for name, source in code_cells(notebook) if name in ids], namespace)
-    assert failed is None, f"cell {failed} of {notebook.name} failed"
+    failed = run([(name, source) for name, source, _ in planted.code_cells(module) if name in ids], namespace)
+    assert failed is None, f"cell {failed} of {module} failed"
     return namespace
 
 
-def killed_in(notebook, bugs):
-    """Name of each bug of one chapter -> id of the cell that fails when it is planted, or None."""
+def killed_in(module, bugs):
+    """Name of each bug of one chapter -> id of the cell that fails when it is planted, or "".
+
+    The chapter runs once. At a cell that holds bugs it forks: each child runs on with one bug until a cell notices."""
     torch.set_num_threads(1)
-    killed, cells = {}, code_cells(notebook)
-    spots = {bug: next(n for n, (_, source) in enumerate(cells) if bug.old in source) for bug in bugs}
-    first = min(spots.values())
-    start = fresh()
-    assert run(cells[:first], start) is None
-    rng = torch.get_rng_state()
-    failed = run(cells[first:], fresh(start))
-    assert failed is None, f"cell {failed} of {notebook.name} fails without a bug"
-    for bug, spot in spots.items():
-        name, source = cells[spot]
-        broken = [*cells[first:spot], (name, bug.plant(source)), *cells[spot + 1:]]
-        torch.set_rng_state(rng)
-        killed[bug.name] = run(broken, fresh(start))
+    cells = [(name, source) for name, source, _ in planted.code_cells(module)]
+    killed, namespace, last = {}, fresh(), 0
+    for n, (name, source) in enumerate(cells):
+        for bug in (b for b in bugs if b.cell == n):
+            broken = [(name, bug.plant(source)), *cells[n + 1:]]
+            status, said = planted.in_fork(lambda: sys.stdout.write(run(broken, namespace) or "") and 0)  # noqa: B023
+            killed[bug.name] = said if status == 0 else ""
+            last = max([last] + [k for k, (found, _) in enumerate(cells) if found == said])
+        if len(killed) == len(bugs) and n > last:
+            break
+        failed = run([(name, source)], namespace)
+        assert failed is None, f"cell {failed} of {module} fails without a bug: {namespace['_error']!r}"
     return killed
 
 
-def all_killed_by_cells(bugs):
+def killing_cells(bugs):
     """The same for all bugs, two chapters at a time."""
-    by_notebook, killed = defaultdict(list), {}
+    by_module, killed = defaultdict(list), {}
     for bug in bugs:
-        by_notebook[bug.notebook].append(bug)
+        by_module[bug.module].append(bug)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(killed_in, by_notebook, by_notebook.values()):
+        for found in pool.map(killed_in, by_module, by_module.values()):
             killed |= found
     return killed
+
+
+if __name__ == "__main__":
+    for chapter in sys.argv[1:]:
+        found = fresh()
+        failed = run([(name, source) for name, source, _ in planted.code_cells(chapter)], found)
+        print(f"{chapter}: {f'cell {failed} failed' if failed else 'every cell passed'}", flush=True)
+        if failed:
+            raise found["_error"]

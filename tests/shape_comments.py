@@ -7,6 +7,8 @@ import ast
 import io
 import re
 import tokenize
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -139,3 +141,9 @@ def instrument(source, file):
     tools = "import shape_comments\n_shape_bind, _shape_check = shape_comments.bind, shape_comments.check"
     tree.body[start:start] = ast.parse(tools).body
     return ast.fix_missing_locations(tree)
+
+
+@lru_cache(None)
+def compiled(source, path):
+    """A module's code with its shape comments checked."""
+    return compile(instrument(source, Path(path).name), path, "exec")

@@ -9,7 +9,8 @@ from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
 import torch
-from run_chapter import ROOT, values_after
+from planted import ROOT
+from run_chapter import values_after
 
 pytestmark = pytest.mark.browser
 PAGES = ["README.html", *sorted(f"nbs/{p.stem}.html" for p in [*(ROOT / "nbs").glob("*.ipynb"),
@@ -110,7 +111,7 @@ def shown(figure):
 
 
 def test_slider_follows_keyboard_and_mouse_and_shows_the_tensor(visit):
-    frames = values_after(ROOT / "nbs/01_single_head.ipynb", {
+    frames = values_after("single_head", {
         "export-imports", "setup", "masked-softmax", "check-inputs", "check-probability", "check-mask", "attention", "variance",
         "saturation"})["frames"]
     tab = visit("nbs/01_single_head.html")
@@ -137,7 +138,7 @@ def test_slider_follows_keyboard_and_mouse_and_shows_the_tensor(visit):
 
 
 def test_second_slider_marks_the_right_key(visit):
-    values = values_after(ROOT / "nbs/01_single_head.ipynb", {
+    values = values_after("single_head", {
         "export-imports", "setup", "masked-softmax", "check-inputs", "check-probability", "check-mask", "attention",
         "check-tokens", "self-attention", "directory", "train", "train-check"})
     tab = visit("nbs/01_single_head.html", 390)

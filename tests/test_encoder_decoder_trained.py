@@ -2,10 +2,10 @@
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from run_chapter import ROOT, code_cells, fresh, run
+from planted import code_cells
+from run_chapter import fresh, run
 
 pytestmark = pytest.mark.slow
-PAGE = ROOT / "nbs/11_encoder_decoder.ipynb"
 CELLS = {"setup", "shift", "fit", "backwards", "backwards-train", "share"}
 
 
@@ -16,8 +16,8 @@ def page():
     torch.set_num_threads(1)
     values = fresh()
     with plt.rc_context():                   # the page sets its own fonts
-        failed = run([(name, source) for name, source in code_cells(PAGE)
-                      if name in CELLS or source.startswith("#| export")], values)
+        failed = run([(name, source) for name, source, exported in code_cells("encoder_decoder")
+                      if name in CELLS or exported], values)
     torch.set_num_threads(threads)
     assert failed is None, f"cell {failed}: {values['_error']!r}"
     return values

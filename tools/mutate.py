@@ -5,6 +5,7 @@
 
 The bugs are cosmic-ray's: every operator, comparison, constant, condition and loop, one change at a time. Changes that
 only touch annotations are left out. Each runs the module's own test file in a forked process, slow tests left out.
+The report names the commit and the day of each count.
 A survivor needs a reason in tests/mutation_survivors.toml: without one, or below 90 %, the exit code is 1.
 Named modules get new lines in the report; those of the others stay as they are.
 Bugs that died once are remembered in _build/mutants_killed.txt, function by function, and not run again; `make clean`
@@ -12,11 +13,12 @@ forgets them, which is right after a test was removed.
 """
 import argparse
 import ast
-import contextlib
+import datetime
 import hashlib
 import os
 import re
 import signal
+import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -77,23 +79,9 @@ def digest(module, mutant):
 
 def killed(module, source):
     """Run the module's fast tests on this source in a forked child: "fails", "hangs", or "" if it survives."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(TIMEOUT)
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-        os.environ["CI"] = ""
-        import planted
-        import pytest
+    from planted import run_tests
 
-        planted.MUTANT = (module, source)
-        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:anyio", "--assert=plain",
-                   "--tb=no", "-o", "addopts="]
-        with contextlib.suppress(BaseException):
-            os._exit(int(pytest.main([f"tests/test_{module}.py", *options])))
-        os._exit(99)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code, _ = run_tests(module, source, [f"tests/test_{module}.py"], TIMEOUT)
     if code == -signal.SIGALRM:
         return "hangs"
     if code not in (0, 1, 2, 3, 99):          # 4, 5: nothing was run
@@ -114,10 +102,19 @@ def kept(text, modules):
 def report(rows, partly, notes):
     """The page that the book shows."""
     rows, partly, notes = ([line for name in sorted(kind) for line in kind[name]] for kind in (rows, partly, notes))
-    table = ["| module | generated bugs | killed | share |", "|---|---|---|---|", *rows, ""]
+    table = ["| module | generated bugs | killed | share | counted at |", "|---|---|---|---|---|", *rows, ""]
     left_out = ["Not all were tried:", "", *partly, ""] if partly else []
     survivors = ["The survivors, each with the reason why no test can or need see it:", "", *notes]
     return "\n".join([*table, *left_out, *survivors]) + "\n"
+
+
+def commit():
+    """The commit that is counted, and the day."""
+    def git(*words):
+        return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+
+    changed = " with changes" if git("status", "--porcelain", "attn_nb", "tests") else ""
+    return f"{git('rev-parse', '--short', 'HEAD')}{changed}, {datetime.date.today()}"
 
 
 def main(modules, every=1):
@@ -131,7 +128,7 @@ def main(modules, every=1):
     KILLED.parent.mkdir(exist_ok=True)
     reasons = tomllib.loads(REASONS.read_text()) if REASONS.exists() else {}
     rows, partly, notes = kept(REPORT.read_text() if REPORT.exists() else "", modules)
-    bad = False
+    bad, when = False, commit()
     for module in modules:
         source = Path(f"attn_nb/{module}.py").read_text()
         if killed(module, source):
@@ -151,7 +148,8 @@ def main(modules, every=1):
                     alive.append(mutant)
                 print(f"\r{module}: {n}/{len(work)} tried, {n - dead} alive", end="", flush=True)
         print()
-        rows[module], notes[module] = [f"| {module} | {len(work)} | {dead} | {dead / len(work):.1%} |"], []
+        rows[module], notes[module] = [
+            f"| {module} | {len(work)} | {dead} | {dead / len(work):.1%} | {when} |"], []
         bad |= dead / len(work) < GOAL
         for number, old, new, _ in alive:
             reason = next((r["why"] for r in reasons.get(module, []) if r["line"] == old
