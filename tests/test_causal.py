@@ -814,21 +814,6 @@ def test_vmap_and_autocast():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("return_weights", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_layer_compiles_into_one_graph_at_every_length(masked, return_weights, dynamic):
-    torch.compiler.reset()
-    layer = CausalSelfAttention(6, 4)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for length in (5, 7, 9):
-        x, mask = torch.randn(2, length, 6), padding_mask(torch.tensor([length, 3])) if masked else None
-        options = {"attn_mask": mask, "return_weights": return_weights}
-        for got, want in zip(compiled(x, **options), layer(x, **options)):
-            assert_close(got, want)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True])
 def test_builders_compile_into_one_graph(dynamic):
     """Values are then not looked at; shapes still are."""
     torch.compiler.reset()

@@ -116,17 +116,17 @@ def test_an_error_passes_through():
 
 
 @pytest.mark.parametrize("functions, rounds, device, error, words", [
-    ({}, 3, "cpu", ValueError, "functions must not be empty"),
-    (None, 3, "cpu", TypeError, "functions must be a dict of name -> callable, got NoneType"),
-    ({"a": 1}, 3, "cpu", TypeError, "got int for 'a'"),
-    ({"a": print}, 0, "cpu", ValueError, "rounds must be at least 1, got 0"),
-    ({"a": print}, 2.0, "cpu", TypeError, "rounds must be an int"),
-    ({"a": print}, True, "cpu", TypeError, "rounds must be an int"),
-    ({"a": print}, 3, "meta", ValueError, "device must be cpu or cuda, got meta"),
-    ({"a": print}, 3, "nowhere", ValueError, "device must be"),
-    ({"a": print}, 3, None, TypeError, "device must be")])
+    ({}, 3, "cpu", ValueError, "functions"),
+    (None, 3, "cpu", TypeError, "functions"),
+    ({"a": 1}, 3, "cpu", TypeError, "functions"),
+    ({"a": print}, 0, "cpu", ValueError, "rounds"),
+    ({"a": print}, 2.0, "cpu", TypeError, "rounds"),
+    ({"a": print}, True, "cpu", TypeError, "rounds"),
+    ({"a": print}, 3, "meta", ValueError, "device"),
+    ({"a": print}, 3, "nowhere", ValueError, "device"),
+    ({"a": print}, 3, None, TypeError, "device")])
 def test_bad_input_to_times(functions, rounds, device, error, words):
-    with pytest.raises(error, match=words.replace("(", r"\(")):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         interleaved_times(functions, rounds, device=device)
 
 
@@ -134,7 +134,7 @@ def test_bad_input_to_times(functions, rounds, device, error, words):
 def test_no_gpu_is_said():
     for call in (lambda: interleaved_times({"a": print}, device="cuda"), lambda: peak_memory(print, "cuda"),
                  lambda: machine_limits(device="cuda")):
-        with pytest.raises(ValueError, match="device must be one that is there: PyTorch finds no GPU, got cuda"):
+        with pytest.raises(ValueError, match=r"\bdevice\b"):
             call()
 
 
@@ -173,7 +173,7 @@ def test_on_a_gpu_events_are_read_after_waiting(monkeypatch):
         "a": [0.25] * 3}
     assert clock.calls == ["a"] * 6          # three to warm up
     assert gpu.log == ["cuda:1", "wait", "event", "event", "wait"] * 6
-    with pytest.raises(ValueError, match="there are 2 GPUs, got cuda:2"):
+    with pytest.raises(ValueError, match=r"\bdevice\b"):
         interleaved_times({"a": print}, device="cuda:2")
 
 
@@ -192,13 +192,13 @@ def test_ratios_are_paired_medians():
 
 
 @pytest.mark.parametrize("times, to, words", [
-    ({"a": [1.0]}, "b", "to must be one of a, got 'b'"), ({}, "a", "to must be one of"),
-    ({"a": [1.0], "b": [1.0, 2.0]}, "a", "times must have as many rounds for each name"),
-    ({"a": [], "b": []}, "a", "times must have at least one round"),
-    ({"a": [1.0, 0.0], "b": [1.0, 1.0]}, "a", "times of 'a' must be above 0, got 0.0"),
-    ({("a", 1): [1.0]}, "b", "to must be one of ")])
+    ({"a": [1.0]}, "b", r"to\b.*'b"), ({}, "a", r"to\b.*'a"),
+    ({"a": [1.0], "b": [1.0, 2.0]}, "a", "times"),
+    ({"a": [], "b": []}, "a", "times"),
+    ({"a": [1.0, 0.0], "b": [1.0, 1.0]}, "a", "times"),
+    ({("a", 1): [1.0]}, "b", r"to\b.*'b")])
 def test_bad_input_to_ratios(times, to, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=rf"\b{words}\b"):
         median_ratios(times, to=to)
 
 
@@ -235,7 +235,7 @@ def test_limits_are_of_this_machine():
     flops, bytes_ = machine_limits()
     assert 1e8 < flops < 1e15 and 1e8 < bytes_ < 1e14 and math.isfinite(flops + bytes_)
     for bad in (torch.int64, "float32", None):
-        with pytest.raises(TypeError, match="dtype must be a floating-point dtype, got"):
+        with pytest.raises(TypeError, match=r"\bdtype\b"):
             machine_limits(bad)
 
 
@@ -268,10 +268,10 @@ def test_peak_of_fused_and_explicit_scores():
 
 
 def test_there_is_one_profiler():
-    with pytest.raises(RuntimeError, match="needs the profiler of PyTorch, which is in use"):
+    with pytest.raises(RuntimeError, match=r"\bthe profiler\b"):
         peak_memory(lambda: peak_memory(lambda: None))
     with torch.profiler.profile() as profile:
-        with pytest.raises(RuntimeError, match="in use"):
+        with pytest.raises(RuntimeError, match=r"\bthe profiler\b"):
             peak_memory(lambda: None)
         torch.ones(3)
     assert profile.events()
@@ -283,7 +283,7 @@ def test_a_failing_call_leaves_no_profiler_behind():
     with pytest.raises(KeyError, match="mine"):
         peak_memory(broken)
     assert peak_memory(lambda: torch.ones(10)) == 40
-    with pytest.raises(TypeError, match="fn must be callable, got NoneType"):
+    with pytest.raises(TypeError, match=r"\bfn\b"):
         peak_memory(None)
 
 
@@ -472,7 +472,7 @@ def test_layers_that_do_not_fit_are_left_alone():
                            "meta": nn.Linear(3, 3, device="meta"), "wild": wild, "empty": nn.Linear(0, 3)})
     with onednn_linears(model) as names:
         assert names == []
-    with pytest.raises(TypeError, match="model must be a module, got function"):
+    with pytest.raises(TypeError, match=r"\bmodel\b"):
         with onednn_linears(lambda x: x):
             pass
 

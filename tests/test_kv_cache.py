@@ -2,7 +2,6 @@
 import copy
 import math
 import pickle
-import re
 
 import pytest
 import torch
@@ -67,9 +66,9 @@ class Machine:
         self.cache, self.held, self.top = poisoned(B, Hkv, N, Dh, Dv, dtype=dtype), [], 0
         self.memory = self.cache._keys.data_ptr(), self.cache._values.data_ptr()
 
-    def refused(self, error, words, call):
+    def refused(self, error, name, call):
         before = snapshot(self.cache)
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=rf"\b{name}\b"):
             call()
         assert same(before, snapshot(self.cache)), "changed by a call that was refused"
 
@@ -79,8 +78,7 @@ class Machine:
         key, value = tokens(B, Hkv, T, Dh, Dv, self.draw(st.sampled_from(FLOATS)))
         before = key.clone(), value.clone()
         if len(self.held) + T > N:
-            self.refused(ValueError, f"max_len={N} must leave room for the new tokens, got {len(self.held)} in the cache and "
-                         f"{T} more$", lambda: self.cache.update(key, value))
+            self.refused(ValueError, "max_len", lambda: self.cache.update(key, value))
         else:
             keys, values = self.cache.update(key, value)
             self.held += [(key[:, :, t].to(self.dtype), value[:, :, t].to(self.dtype)) for t in range(T)]
@@ -93,17 +91,15 @@ class Machine:
         axis, at = self.draw(st.integers(0, 3)), self.draw(st.integers(0, 1))
         pair = [list(x.shape) for x in tokens(B, Hkv, 1, Dh, Dv)]
         pair[at][axis] += 1
-        name = ("key", "value")[at]
-        words = "value must have as many tokens as key, " if axis == 2 else f"{name} must be .*got .*{pair[at][axis]}"
-        self.refused(ValueError, words, lambda: self.cache.update(*map(torch.zeros, pair)))
+        name = "value" if axis == 2 else ("key", "value")[at]
+        self.refused(ValueError, name, lambda: self.cache.update(*map(torch.zeros, pair)))
 
     def crop(self):
         length = self.draw(st.integers(-1, len(self.held) + 2))
         if length < 0:
-            self.refused(ValueError, "length must be at least 0, got -1", lambda: self.cache.crop(length))
+            self.refused(ValueError, "length", lambda: self.cache.crop(length))
         elif length > len(self.held):
-            self.refused(ValueError, f"length must be at most the tokens in the cache, {len(self.held)}, got {length}",
-                         lambda: self.cache.crop(length))
+            self.refused(ValueError, "length", lambda: self.cache.crop(length))
         else:
             assert self.cache.crop(length) is None
             del self.held[length:]
@@ -118,7 +114,7 @@ class Machine:
         index = torch.tensor(rows, dtype=self.draw(st.sampled_from([torch.int64, torch.int32, torch.int8])))
         outside = [r for r in rows if not 0 <= r < B]
         if outside:
-            self.refused(ValueError, f"index must be in 0 .. {B - 1}, got {outside[0]}", lambda: self.cache.reorder(index))
+            self.refused(ValueError, "index", lambda: self.cache.reorder(index))
         else:
             assert self.cache.reorder(index) is None
             self.held = [(key[rows], value[rows]) for key, value in self.held]
@@ -274,43 +270,42 @@ KEY, VALUE = torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 6)
 
 
 @pytest.mark.parametrize("key, value, error, words", [
-    (None, VALUE, TypeError, "key must be a floating-point tensor, got NoneType"),
-    (KEY, None, TypeError, "value must be a floating-point tensor, got NoneType"),
-    (KEY.tolist(), VALUE, TypeError, "key must be a floating-point tensor, got list"),
-    (KEY.numpy(), VALUE, TypeError, "key must be a floating-point tensor, got float32"),
-    (1.0, VALUE, TypeError, "key must be a floating-point tensor, got float"),
-    (KEY.bool(), VALUE, TypeError, "key must be a floating-point tensor, got torch.bool"),
-    (KEY.long(), VALUE, TypeError, "key must be a floating-point tensor, got torch.int64"),
-    (KEY, VALUE.int(), TypeError, "value must be a floating-point tensor, got torch.int32"),
-    (KEY.to(torch.complex64), VALUE, TypeError, "key must be a floating-point tensor, got torch.complex64"),
-    (KEY.to("meta"), VALUE, TypeError, "key must be on the device of the cache, cpu, got meta"),
-    (KEY, VALUE.to("meta"), TypeError, "value must be on the device of the cache, cpu, got meta"),
-    (KEY[0], VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(3, 1, 4\)"),
-    (KEY[None], VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(1, 2, 3, 1, 4\)"),
-    (KEY[..., None], VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(2, 3, 1, 4, 1\)"),
-    (KEY[..., 0, 0], VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(2, 3\)"),
-    (KEY, VALUE[..., 0], ValueError, r"value must be \(B=2, Hkv=3, T, 6\) like the cache, got \(2, 3, 1\)"),
-    (torch.tensor(1.0), VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(\)"),
-    (KEY[:1], VALUE[:1], ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(1, 3, 1, 4\)"),
-    (KEY, VALUE[:1], ValueError, r"value must be \(B=2, Hkv=3, T, 6\) like the cache, got \(1, 3, 1, 6\)"),
-    (KEY[:, :1], VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(2, 1, 1, 4\)"),
-    (repeat_kv(KEY, 2), VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(2, 6, 1, 4\)"),
-    (KEY, repeat_kv(VALUE, 2), ValueError, r"value must be \(B=2, Hkv=3, T, 6\) like the cache, got \(2, 6, 1, 6\)"),
-    (KEY[..., :1], VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(2, 3, 1, 1\)"),
-    (KEY, VALUE[..., :1], ValueError, r"value must be \(B=2, Hkv=3, T, 6\) like the cache, got \(2, 3, 1, 1\)"),
-    (KEY, KEY, ValueError, r"value must be \(B=2, Hkv=3, T, 6\) like the cache, got \(2, 3, 1, 4\)"),
-    (VALUE, KEY, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(2, 3, 1, 6\)"),
-    (KEY.transpose(1, 2), VALUE, ValueError, r"key must be \(B=2, Hkv=3, T, 4\) like the cache, got \(2, 1, 3, 4\)"),
-    (KEY, VALUE.expand(2, 3, 2, 6), ValueError, "value must have as many tokens as key, 1, got 2"),
-    (KEY.expand(2, 3, 2, 4), VALUE, ValueError, "value must have as many tokens as key, 2, got 1"),
-    (KEY.expand(2, 3, 4, 4), VALUE.expand(2, 3, 4, 6), ValueError,
-     "max_len=5 must leave room for the new tokens, got 2 in the cache and 4 more"),
-    (KEY.expand(2, 3, 4, 4), VALUE.to("meta"), TypeError, "value must be on the device"),
+    (None, VALUE, TypeError, "key"),
+    (KEY, None, TypeError, "value"),
+    (KEY.tolist(), VALUE, TypeError, "key"),
+    (KEY.numpy(), VALUE, TypeError, "key"),
+    (1.0, VALUE, TypeError, "key"),
+    (KEY.bool(), VALUE, TypeError, "key"),
+    (KEY.long(), VALUE, TypeError, "key"),
+    (KEY, VALUE.int(), TypeError, "value"),
+    (KEY.to(torch.complex64), VALUE, TypeError, "key"),
+    (KEY.to("meta"), VALUE, TypeError, "key"),
+    (KEY, VALUE.to("meta"), TypeError, "value"),
+    (KEY[0], VALUE, ValueError, "key"),
+    (KEY[None], VALUE, ValueError, "key"),
+    (KEY[..., None], VALUE, ValueError, "key"),
+    (KEY[..., 0, 0], VALUE, ValueError, "key"),
+    (KEY, VALUE[..., 0], ValueError, "value"),
+    (torch.tensor(1.0), VALUE, ValueError, "key"),
+    (KEY[:1], VALUE[:1], ValueError, "key"),
+    (KEY, VALUE[:1], ValueError, "value"),
+    (KEY[:, :1], VALUE, ValueError, "key"),
+    (repeat_kv(KEY, 2), VALUE, ValueError, "key"),
+    (KEY, repeat_kv(VALUE, 2), ValueError, "value"),
+    (KEY[..., :1], VALUE, ValueError, "key"),
+    (KEY, VALUE[..., :1], ValueError, "value"),
+    (KEY, KEY, ValueError, "value"),
+    (VALUE, KEY, ValueError, "key"),
+    (KEY.transpose(1, 2), VALUE, ValueError, "key"),
+    (KEY, VALUE.expand(2, 3, 2, 6), ValueError, "value"),
+    (KEY.expand(2, 3, 2, 4), VALUE, ValueError, "value"),
+    (KEY.expand(2, 3, 4, 4), VALUE.expand(2, 3, 4, 6), ValueError, "max_len"),
+    (KEY.expand(2, 3, 4, 4), VALUE.to("meta"), TypeError, "value"),
 ])
 def test_update_refuses_and_changes_nothing(key, value, error, words):
     cache = fresh()
     before = snapshot(cache)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         cache.update(key, value)
     assert same(before, snapshot(cache))
     cache.update(KEY.expand(2, 3, 3, 4), VALUE.expand(2, 3, 3, 6))      # it can still be filled to the last slot
@@ -318,30 +313,30 @@ def test_update_refuses_and_changes_nothing(key, value, error, words):
 
 
 @pytest.mark.parametrize("call, error, words", [
-    (lambda c: c.crop(3), ValueError, "length must be at most the tokens in the cache, 2, got 3"),
-    (lambda c: c.crop(-1), ValueError, "length must be at least 0, got -1"),
-    (lambda c: c.crop(True), TypeError, "length must be an int, got True"),
-    (lambda c: c.crop(1.0), TypeError, "length must be an int, got 1.0"),
-    (lambda c: c.crop(None), TypeError, "length must be an int, got None"),
-    (lambda c: c.crop("1"), TypeError, "length must be an int, got '1'"),
-    (lambda c: c.crop(torch.tensor(1)), TypeError, r"length must be an int, got tensor\(1\)"),
-    (lambda c: c.reorder([0, 1]), TypeError, r"index must be an integer tensor \(B,\), got list"),
-    (lambda c: c.reorder(None), TypeError, r"index must be an integer tensor \(B,\), got NoneType"),
-    (lambda c: c.reorder(0), TypeError, r"index must be an integer tensor \(B,\), got int"),
-    (lambda c: c.reorder(torch.tensor([0.0, 1.0])), TypeError, r"index must be an integer tensor \(B,\), got torch.float32"),
-    (lambda c: c.reorder(torch.tensor([False, True])), TypeError, r"index must be an integer tensor \(B,\), got torch.bool"),
-    (lambda c: c.reorder(torch.tensor(0)), ValueError, r"index must be \(B,\) = \(2,\), got shape \(\)"),
-    (lambda c: c.reorder(torch.tensor([0])), ValueError, r"index must be \(B,\) = \(2,\), got shape \(1,\)"),
-    (lambda c: c.reorder(torch.tensor([0, 1, 1])), ValueError, r"index must be \(B,\) = \(2,\), got shape \(3,\)"),
-    (lambda c: c.reorder(torch.tensor([[0, 1]])), ValueError, r"index must be \(B,\) = \(2,\), got shape \(1, 2\)"),
-    (lambda c: c.reorder(torch.tensor([0, 1], device="meta")), TypeError, "index must be on the device of the cache, cpu, got"),
-    (lambda c: c.reorder(torch.tensor([0, 2])), ValueError, "index must be in 0 .. 1, got 2"),
-    (lambda c: c.reorder(torch.tensor([-1, 0])), ValueError, "index must be in 0 .. 1, got -1"),
+    (lambda c: c.crop(3), ValueError, "length"),
+    (lambda c: c.crop(-1), ValueError, "length"),
+    (lambda c: c.crop(True), TypeError, "length"),
+    (lambda c: c.crop(1.0), TypeError, "length"),
+    (lambda c: c.crop(None), TypeError, "length"),
+    (lambda c: c.crop("1"), TypeError, "length"),
+    (lambda c: c.crop(torch.tensor(1)), TypeError, "length"),
+    (lambda c: c.reorder([0, 1]), TypeError, "index"),
+    (lambda c: c.reorder(None), TypeError, "index"),
+    (lambda c: c.reorder(0), TypeError, "index"),
+    (lambda c: c.reorder(torch.tensor([0.0, 1.0])), TypeError, "index"),
+    (lambda c: c.reorder(torch.tensor([False, True])), TypeError, "index"),
+    (lambda c: c.reorder(torch.tensor(0)), ValueError, "index"),
+    (lambda c: c.reorder(torch.tensor([0])), ValueError, "index"),
+    (lambda c: c.reorder(torch.tensor([0, 1, 1])), ValueError, "index"),
+    (lambda c: c.reorder(torch.tensor([[0, 1]])), ValueError, "index"),
+    (lambda c: c.reorder(torch.tensor([0, 1], device="meta")), TypeError, "index"),
+    (lambda c: c.reorder(torch.tensor([0, 2])), ValueError, "index"),
+    (lambda c: c.reorder(torch.tensor([-1, 0])), ValueError, "index"),
 ])
 def test_other_calls_are_refused_and_change_nothing(call, error, words):
     cache = fresh()
     before = snapshot(cache)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         call(cache)
     assert same(before, snapshot(cache))
 
@@ -350,20 +345,19 @@ SIZES = {"batch_size": 2, "num_kv_heads": 3, "max_len": 5, "head_dim": 4, "v_hea
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("size, error, words", [
-    (0, ValueError, "at least 1, got 0"), (-3, ValueError, "at least 1, got -3"), (True, TypeError, "an int, got True"),
-    (2.0, TypeError, "an int, got 2.0"), ("2", TypeError, "an int, got '2'"), (math.nan, TypeError, "an int, got nan")])
-def test_sizes_that_are_refused(name, size, error, words):
-    with pytest.raises(error, match=f"^{name} must be {words}"):
+@pytest.mark.parametrize("size, error", [
+    (0, ValueError), (-3, ValueError), (True, TypeError), (2.0, TypeError), ("2", TypeError), (math.nan, TypeError)])
+def test_sizes_that_are_refused(name, size, error):
+    with pytest.raises(error, match=rf"\b{name}\b"):
         KVCache(**{**SIZES, name: size})
     if name != "v_head_dim":
-        with pytest.raises(TypeError, match=f"^{name} must be an int, got None"):
+        with pytest.raises(TypeError, match=rf"\b{name}\b"):
             KVCache(**{**SIZES, name: None})
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, "float32", float, 32])
 def test_dtypes_that_are_refused(dtype):
-    with pytest.raises(TypeError, match="^dtype must be one of torch.float64, .* got " + re.escape(repr(dtype))):
+    with pytest.raises(TypeError, match=r"\bdtype\b"):
         KVCache(**SIZES, dtype=dtype)
 
 
@@ -622,40 +616,37 @@ def test_any_object_with_length_and_update_is_a_cache():
 
 # --- the layer with a cache: refusals, and the cache is as it was
 
-ROPE = "rope must be a pair .cos, sin. of float tensors .B or 1, T, half."
-
-
 def cos_sin(*shape, **options):
     return torch.ones(shape, **options), torch.zeros(shape, **options)
 
 
 @pytest.mark.parametrize("options, error, words", [
-    ({"attn_mask": torch.ones(2, 1, 1, 3).bool()}, ValueError, r"broadcast to .* = \(2, 6, 3, 5\), got \(2, 1, 1, 3\)"),
-    ({"attn_mask": torch.ones(3, 3).bool()}, ValueError, r"broadcast to .* = \(2, 6, 3, 5\), got \(3, 3\)"),
-    ({"attn_mask": torch.ones(5, 5).bool()}, ValueError, r"broadcast to .* = \(2, 6, 3, 5\), got \(5, 5\)"),
-    ({"attn_mask": torch.ones(2, 5).bool()}, ValueError, r"broadcast to .* = \(2, 6, 3, 5\), got \(2, 5\)"),
-    ({"attn_mask": torch.ones(2, 1, 1, 6).bool()}, ValueError, r"broadcast to .* = \(2, 6, 3, 5\), got \(2, 1, 1, 6\)"),
-    ({"attn_mask": torch.ones(2, 2, 1, 5).bool()}, ValueError, r"broadcast to .* = \(2, 6, 3, 5\), got \(2, 2, 1, 5\)"),
-    ({"attn_mask": torch.ones(1, 2, 6, 3, 5).bool()}, ValueError, r"broadcast to .* got \(1, 2, 6, 3, 5\)"),
-    ({"attn_mask": torch.ones(3, 5).long()}, TypeError, "attn_mask must be bool .* got torch.int64"),
-    ({"attn_mask": [[True] * 5] * 3}, TypeError, "attn_mask must be bool .* got list"),
-    ({"attn_mask": torch.ones(3, 5, device="meta").bool()}, TypeError, "attn_mask must be on cpu like query, got meta"),
-    ({"rope": cos_sin(1, 5, 2)}, ValueError, ROPE + r" with B=2, T=3 .* got shapes \(1, 5, 2\) and \(1, 5, 2\)"),
-    ({"rope": cos_sin(3, 3, 2)}, ValueError, ROPE + r" .* got shapes \(3, 3, 2\) and \(3, 3, 2\)"),
-    ({"rope": cos_sin(1, 3, 3)}, ValueError, ROPE + r" .* half at most head_dim / 2 = 2, got shapes \(1, 3, 3\)"),
-    ({"rope": cos_sin(3, 2)}, ValueError, ROPE + r" .* got shapes \(3, 2\) and \(3, 2\)"),
-    ({"rope": cos_sin(2, 1, 3, 2)}, ValueError, ROPE + r" .* got shapes \(2, 1, 3, 2\) and"),
-    ({"rope": (torch.ones(1, 3, 2), torch.ones(1, 3, 1))}, ValueError, ROPE + r" .* \(1, 3, 2\) and \(1, 3, 1\)"),
-    ({"rope": (torch.ones(1, 3, 2), torch.ones(2, 3, 2))}, ValueError, ROPE + r" .* \(1, 3, 2\) and \(2, 3, 2\)"),
-    ({"rope": cos_sin(1, 3, 2)[:1]}, TypeError, ROPE + ", got tuple"),
-    ({"rope": 3 * cos_sin(1, 3, 2)[:1]}, TypeError, ROPE + ", got tuple"),
-    ({"rope": [*cos_sin(1, 3, 2)]}, TypeError, ROPE + ", got list"),
-    ({"rope": torch.ones(2, 1, 3, 2)}, TypeError, ROPE + ", got Tensor"),
-    ({"rope": cos_sin(1, 3, 2, dtype=torch.long)}, TypeError, ROPE + ", got tuple"),
-    ({"rope": (None, None)}, TypeError, ROPE + ", got tuple"),
-    ({"rope": 7}, TypeError, ROPE + ", got int"),
-    ({"rope": cos_sin(1, 3, 2, device="meta")}, TypeError, "rope must be on the device of x, cpu, got meta and meta"),
-    ({"rope": (torch.ones(1, 3, 2), torch.ones(1, 3, 2, device="meta"))}, TypeError, "x, cpu, got cpu and meta"),
+    ({"attn_mask": torch.ones(2, 1, 1, 3).bool()}, ValueError, "attn_mask"),
+    ({"attn_mask": torch.ones(3, 3).bool()}, ValueError, "attn_mask"),
+    ({"attn_mask": torch.ones(5, 5).bool()}, ValueError, "attn_mask"),
+    ({"attn_mask": torch.ones(2, 5).bool()}, ValueError, "attn_mask"),
+    ({"attn_mask": torch.ones(2, 1, 1, 6).bool()}, ValueError, "attn_mask"),
+    ({"attn_mask": torch.ones(2, 2, 1, 5).bool()}, ValueError, "attn_mask"),
+    ({"attn_mask": torch.ones(1, 2, 6, 3, 5).bool()}, ValueError, "attn_mask"),
+    ({"attn_mask": torch.ones(3, 5).long()}, TypeError, "attn_mask"),
+    ({"attn_mask": [[True] * 5] * 3}, TypeError, "attn_mask"),
+    ({"attn_mask": torch.ones(3, 5, device="meta").bool()}, TypeError, "attn_mask"),
+    ({"rope": cos_sin(1, 5, 2)}, ValueError, "rope"),
+    ({"rope": cos_sin(3, 3, 2)}, ValueError, "rope"),
+    ({"rope": cos_sin(1, 3, 3)}, ValueError, "rope"),
+    ({"rope": cos_sin(3, 2)}, ValueError, "rope"),
+    ({"rope": cos_sin(2, 1, 3, 2)}, ValueError, "rope"),
+    ({"rope": (torch.ones(1, 3, 2), torch.ones(1, 3, 1))}, ValueError, "rope"),
+    ({"rope": (torch.ones(1, 3, 2), torch.ones(2, 3, 2))}, ValueError, "rope"),
+    ({"rope": cos_sin(1, 3, 2)[:1]}, TypeError, "rope"),
+    ({"rope": 3 * cos_sin(1, 3, 2)[:1]}, TypeError, "rope"),
+    ({"rope": [*cos_sin(1, 3, 2)]}, TypeError, "rope"),
+    ({"rope": torch.ones(2, 1, 3, 2)}, TypeError, "rope"),
+    ({"rope": cos_sin(1, 3, 2, dtype=torch.long)}, TypeError, "rope"),
+    ({"rope": (None, None)}, TypeError, "rope"),
+    ({"rope": 7}, TypeError, "rope"),
+    ({"rope": cos_sin(1, 3, 2, device="meta")}, TypeError, "rope"),
+    ({"rope": (torch.ones(1, 3, 2), torch.ones(1, 3, 2, device="meta"))}, TypeError, "rope"),
 ])
 @pytest.mark.parametrize("weights_too", [False, True])
 def test_a_refused_call_writes_nothing(options, error, words, weights_too):
@@ -664,44 +655,42 @@ def test_a_refused_call_writes_nothing(options, error, words, weights_too):
     with torch.no_grad():
         layer(x[:, :2], cache=cache)
     before = snapshot(cache)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         layer(x, cache=cache, return_weights=weights_too, **options)
     assert same(before, snapshot(cache))
 
 
 @pytest.mark.parametrize("options, words", [
-    ({}, "max_len=4 must leave room for the new tokens, got 2 in the cache and 3 more"),
-    ({"attn_mask": torch.ones(5).bool()}, "max_len=4 must leave room for the new tokens, got 2 in the cache and 3 more"),
-    ({"rope": cos_sin(1, 3, 2)}, "max_len=4 must leave room for the new tokens, got 2 in the cache and 3 more")])
+    ({}, "max_len"), ({"attn_mask": torch.ones(5).bool()}, "max_len"), ({"rope": cos_sin(1, 3, 2)}, "max_len")])
 def test_a_full_cache_is_left_as_it_was(options, words):
     layer, cache = make_layer(), poisoned(2, 2, 4, 4, dtype=torch.float64)
     x = torch.randn(2, 3, 10).double()
     with torch.no_grad():
         layer(x[:, :2], cache=cache)
         before = snapshot(cache)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=rf"\b{words}\b"):
             layer(x, cache=cache, **options)
         assert same(before, snapshot(cache))
         layer(x[:, :2], cache=cache)                         # the two that fit
         assert cache.length == 4
-        with pytest.raises(ValueError, match="got 4 in the cache and 1 more"):
+        with pytest.raises(ValueError, match=r"\bmax_len\b"):
             layer(x[:, :1], cache=cache)
 
 
 @pytest.mark.parametrize("cache, error, words", [
-    (7, TypeError, "cache must have length and update, as KVCache has, got int"),
-    (True, TypeError, "cache must have length and update, as KVCache has, got bool"),
-    ([], TypeError, "cache must have length and update, as KVCache has, got list"),
-    ((KEY, VALUE), TypeError, "cache must have length and update, as KVCache has, got tuple"),
-    ({}, TypeError, "cache must have length and update, as KVCache has, got dict"),
-    (KVCache(3, 2, 9, 4), ValueError, r"key must be \(B=3, Hkv=2, T, 4\) like the cache, got \(2, 2, 3, 4\)"),
-    (KVCache(2, 6, 9, 4), ValueError, r"key must be \(B=2, Hkv=6, T, 4\) like the cache, got \(2, 2, 3, 4\)"),
-    (KVCache(2, 2, 9, 8), ValueError, r"key must be \(B=2, Hkv=2, T, 8\) like the cache, got \(2, 2, 3, 4\)"),
-    (KVCache(2, 2, 9, 4, 5), ValueError, r"value must be \(B=2, Hkv=2, T, 5\) like the cache, got \(2, 2, 3, 4\)"),
-    (KVCache(2, 2, 9, 4, device="meta"), TypeError, "key must be on the device of the cache, meta, got cpu"),
+    (7, TypeError, "cache"),
+    (True, TypeError, "cache"),
+    ([], TypeError, "cache"),
+    ((KEY, VALUE), TypeError, "cache"),
+    ({}, TypeError, "cache"),
+    (KVCache(3, 2, 9, 4), ValueError, "key"),
+    (KVCache(2, 6, 9, 4), ValueError, "key"),
+    (KVCache(2, 2, 9, 8), ValueError, "key"),
+    (KVCache(2, 2, 9, 4, 5), ValueError, "value"),
+    (KVCache(2, 2, 9, 4, device="meta"), TypeError, "key"),
 ])
 def test_what_is_no_cache_for_this_layer(cache, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         make_layer()(torch.randn(2, 3, 10).double(), cache=cache)
     assert getattr(cache, "length", 0) == 0
 
@@ -709,7 +698,7 @@ def test_what_is_no_cache_for_this_layer(cache, error, words):
 def test_a_cache_of_transformers_is_not_taken_for_ours():
     from transformers import DynamicCache
 
-    with pytest.raises(TypeError, match="cache must have length and update, as KVCache has, got DynamicCache"):
+    with pytest.raises(TypeError, match=r"\bcache\b"):
         make_layer()(torch.randn(2, 3, 10).double(), cache=DynamicCache())
 
 
@@ -1110,7 +1099,7 @@ def test_compiled_errors_and_bookkeeping():
     assert got[2] == want[2] == 4
     assert_close(got[:2], want[:2])
     cache = KVCache(2, 2, 4, 4)
-    with pytest.raises(Exception, match="max_len=4 must leave room for the new tokens"), torch.no_grad():
+    with pytest.raises(Exception, match=r"\bmax_len=4\b"), torch.no_grad():
         torch.compile(layer, backend="eager")(x, cache=cache)
     assert cache.length == 0
 

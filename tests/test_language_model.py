@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import sys
@@ -373,7 +374,7 @@ def test_a_config_survives_the_way_to_hugging_face_and_back(given):
 ])
 def test_settings_of_no_family_cannot_be_written(changes, tmp_path):
     model = small(**changes)
-    with pytest.raises(ValueError, match="^these settings must be those of one family of llama, mistral, qwen2, qwen3, smollm3"):
+    with pytest.raises(ValueError, match=r"\bone family\b"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists() and model(some_ids()).isfinite().all()
 
@@ -384,68 +385,68 @@ def test_settings_of_no_family_cannot_be_written(changes, tmp_path):
     ("layer_types", 5), ("partial_rotary_factor", 0.5), ("is_causal", False),
 ])
 def test_an_option_that_would_change_the_model_is_named(option, value):
-    with pytest.raises(ValueError, match=f"^{option}=.*is not supported"):
+    with pytest.raises(ValueError, match=rf"\b{option}\b"):
         DecoderConfig.from_hf(config_of("llama", **{option: value}))
 
 
 @pytest.mark.parametrize("family, option", [("mistral", "attention_bias"), ("mistral", "mlp_bias"), ("qwen2", "mlp_bias"),
                                             ("qwen2", "attention_bias"), ("qwen3", "mlp_bias"), ("qwen3", "no_rope_layers")])
 def test_an_option_of_another_family_is_named(family, option):
-    with pytest.raises(ValueError, match=f"^{option}=True is not supported for model_type '{family}'"):
+    with pytest.raises(ValueError, match=rf"\b{option}\b"):
         DecoderConfig.from_hf(config_of(family, **{option: True}))
     assert DecoderConfig.from_hf(config_of(family, **{option: False})) == DecoderConfig.from_hf(config_of(family))
 
 
 @pytest.mark.parametrize("changes, error, words", [
-    ({"model_type": "gpt2"}, ValueError, "model_type must be one of llama, mistral, qwen2, qwen3, smollm3, got 'gpt2'"),
-    ({"model_type": None}, ValueError, "model_type must be one of"),
-    ({"model_type": ["llama"]}, ValueError, "model_type must be one of"),
-    ({"vocab_size": None}, ValueError, "config must have vocab_size"),
-    ({"hidden_size": None, "intermediate_size": None}, ValueError, "config must have hidden_size, intermediate_size"),
-    ({"num_hidden_layers": True}, TypeError, "num_hidden_layers must be an int, got True"),
-    ({"num_hidden_layers": "4"}, TypeError, "num_hidden_layers must be an int, got '4'"),
-    ({"num_hidden_layers": 0}, ValueError, "num_hidden_layers must be at least 1, got 0"),
-    ({"num_hidden_layers": 10 ** 9}, ValueError, "num_layers must be at most 10000, got 1000000000"),
-    ({"vocab_size": 2 ** 31}, ValueError, "vocab_size must be at most 2147483647, got 2147483648"),
-    ({"vocab_size": 61.0}, TypeError, "vocab_size must be an int, got 61.0"),
-    ({"num_key_value_heads": 4}, ValueError, "num_kv_heads must divide num_heads"),
-    ({"num_key_value_heads": 0}, ValueError, "num_kv_heads must be at least 1"),
-    ({"head_dim": 7}, ValueError, "head_dim must be even"),
-    ({"rms_norm_eps": 0}, ValueError, "norm_eps must be finite and above 0"),
-    ({"rms_norm_eps": float("nan")}, ValueError, "norm_eps must be finite and above 0"),
-    ({"attention_dropout": 2}, ValueError, r"dropout must be in \[0, 1\]"),
-    ({"attention_bias": "yes"}, TypeError, "bias must be True or False, got 'yes'"),
-    ({"tie_word_embeddings": 1}, TypeError, "tie_embeddings must be True or False, got 1"),
+    ({"model_type": "gpt2"}, ValueError, "model_type"),
+    ({"model_type": None}, ValueError, "model_type"),
+    ({"model_type": ["llama"]}, ValueError, "model_type"),
+    ({"vocab_size": None}, ValueError, "vocab_size"),
+    ({"hidden_size": None, "intermediate_size": None}, ValueError, r"hidden_size\b.*\bintermediate_size"),
+    ({"num_hidden_layers": True}, TypeError, "num_hidden_layers"),
+    ({"num_hidden_layers": "4"}, TypeError, "num_hidden_layers"),
+    ({"num_hidden_layers": 0}, ValueError, "num_hidden_layers"),
+    ({"num_hidden_layers": 10 ** 9}, ValueError, "num_layers"),
+    ({"vocab_size": 2 ** 31}, ValueError, "vocab_size"),
+    ({"vocab_size": 61.0}, TypeError, "vocab_size"),
+    ({"num_key_value_heads": 4}, ValueError, "num_kv_heads"),
+    ({"num_key_value_heads": 0}, ValueError, "num_kv_heads"),
+    ({"head_dim": 7}, ValueError, "head_dim"),
+    ({"rms_norm_eps": 0}, ValueError, "norm_eps"),
+    ({"rms_norm_eps": float("nan")}, ValueError, "norm_eps"),
+    ({"attention_dropout": 2}, ValueError, "dropout"),
+    ({"attention_bias": "yes"}, TypeError, "qkv_bias"),
+    ({"tie_word_embeddings": 1}, TypeError, "tie_embeddings"),
     ({"rope_theta": -1.0}, ValueError, "theta"),
     ({"rope_theta": "big"}, TypeError, "theta"),
-    ({"rope_scaling": [1]}, TypeError, "rope_scaling must be a dict, got list"),
-    ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, ValueError, "scaling must have one type of"),
-    ({"rope_scaling": {"type": "linear"}}, ValueError, "scaling of type 'linear' lacks factor"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0, "colour": 3}}, ValueError, "has unknown colour"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ValueError, "has unknown full_attention"),
-    ({"max_position_embeddings": 0}, ValueError, "context_length must be at least 1"),
-    ({"eos_token_id": "</s>"}, TypeError, "eos_token_id must be an int"),
-    ({"eos_token_id": [2, None, 2.5]}, TypeError, "eos_token_id must be an int, got 2.5"),
+    ({"rope_scaling": [1]}, TypeError, "rope_scaling"),
+    ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, ValueError, "scaling"),
+    ({"rope_scaling": {"type": "linear"}}, ValueError, "factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0, "colour": 3}}, ValueError, "colour"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ValueError, "full_attention"),
+    ({"max_position_embeddings": 0}, ValueError, "context_length"),
+    ({"eos_token_id": "</s>"}, TypeError, "eos_token_id"),
+    ({"eos_token_id": [2, None, 2.5]}, TypeError, r"eos_token_id\b.*\b2\.5"),
 ])
 def test_bad_configs_are_refused(changes, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         DecoderConfig.from_hf(config_of("llama", **changes))
 
 
 @pytest.mark.parametrize("case, changes, words", [
-    ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers must be a list of 0 or 1 for each layer"),
-    ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}, "no_rope_layers must be"),
-    ("smollm3", {"no_rope_layers": "1011"}, "no_rope_layers must be"),
-    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1"),
-    ("qwen2", {"layer_types": MIXED[:3], "sliding_window": 3, "use_sliding_window": True}, "layer_types must be a list"),
-    ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "layer_types must be a list"),
-    ("qwen2", {"layer_types": [["full_attention"]] * 4}, "layer_types must be a list"),
-    ("qwen2", {"layer_types": MIXED, "sliding_window": 3}, "layer_types must not have sliding_attention without"),
-    ("qwen2", {"max_window_layers": -1, "sliding_window": 3, "use_sliding_window": True}, "max_window_layers must be at least 0"),
-    ("mistral", {"sliding_window": 0}, "each of windows must be at least 1"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}, "no_rope_layers"),
+    ("smollm3", {"no_rope_layers": "1011"}, "no_rope_layers"),
+    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+    ("qwen2", {"layer_types": MIXED[:3], "sliding_window": 3, "use_sliding_window": True}, "layer_types"),
+    ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "layer_types"),
+    ("qwen2", {"layer_types": [["full_attention"]] * 4}, "layer_types"),
+    ("qwen2", {"layer_types": MIXED, "sliding_window": 3}, "layer_types"),
+    ("qwen2", {"max_window_layers": -1, "sliding_window": 3, "use_sliding_window": True}, "max_window_layers"),
+    ("mistral", {"sliding_window": 0}, "windows"),
 ])
 def test_bad_layers_are_refused(case, changes, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=rf"\b{words}\b"):
         DecoderConfig.from_hf(config_of(case, **changes))
 
 
@@ -456,20 +457,20 @@ def test_a_list_may_name_more_layers_than_there_are():
 
 
 @pytest.mark.parametrize("changes, error, words", [
-    ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
-    ({"d_ff": 2.5}, TypeError, "d_ff must be an int, got 2.5"),
-    ({"qk_norm": None}, TypeError, "qk_norm must be True or False, got None"),
-    ({"windows": [None, 3]}, ValueError, "windows must be a tuple of num_layers=3 entries"),
-    ({"windows": 3}, ValueError, "windows must be a tuple of num_layers=3 entries, got 3"),
-    ({"windows": [None, 3, 0]}, ValueError, "each of windows must be at least 1, got 0"),
-    ({"rope_layers": [1, 0, 1]}, TypeError, "each of rope_layers must be True or False, got 1"),
-    ({"context_length": 0}, ValueError, "context_length must be at least 1"),
-    ({"pad_token_id": -2}, ValueError, "pad_token_id must be at least -1"),
-    ({"dropout": -0.1}, ValueError, "dropout must be in"),
-    ({"rope_scaling": {"rope_type": "linear"}}, ValueError, "lacks factor"),
+    ({"num_layers": 0}, ValueError, "num_layers"),
+    ({"d_ff": 2.5}, TypeError, "d_ff"),
+    ({"qk_norm": None}, TypeError, "qk_norm"),
+    ({"windows": [None, 3]}, ValueError, "windows"),
+    ({"windows": 3}, ValueError, "windows"),
+    ({"windows": [None, 3, 0]}, ValueError, "windows"),
+    ({"rope_layers": [1, 0, 1]}, TypeError, "rope_layers"),
+    ({"context_length": 0}, ValueError, "context_length"),
+    ({"pad_token_id": -2}, ValueError, "pad_token_id"),
+    ({"dropout": -0.1}, ValueError, "dropout"),
+    ({"rope_scaling": {"rope_type": "linear"}}, ValueError, "factor"),
 ])
 def test_bad_settings_are_refused(changes, error, words):
-    with pytest.raises(error, match="^" + words if "lacks" not in words else words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         DecoderConfig(**{**SMALL, **changes})
 
 
@@ -485,9 +486,9 @@ def test_settings_are_kept_in_one_form():
     config = DecoderConfig(**SMALL, rope_scaling=rule)
     rule["factor"] = 5.0
     assert config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
-    with pytest.raises(TypeError, match="^config must be a dict, got DecoderConfig"):
+    with pytest.raises(TypeError, match=r"\bconfig\b"):
         DecoderConfig.from_hf(config)
-    with pytest.raises(TypeError, match="^config must be a DecoderConfig, got dict"):
+    with pytest.raises(TypeError, match=r"\bconfig\b"):
         DecoderLM(SMALL)
 
 
@@ -498,6 +499,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-9, 70) | st.integer
 KEYS = sorted({*SIZES, "model_type", "hidden_act", *language_model._UNKNOWN, "rope_theta", "rope_scaling", "rope_parameters",
                "partial_rotary_factor", "original_max_position_embeddings", "attention_dropout", "tie_word_embeddings",
                *(name for options in language_model._FAMILIES.values() for name in options)})
+NAMES = *KEYS, *(field.name for field in dataclasses.fields(DecoderConfig)), "scaling", "theta"
 
 
 @given(case=st.sampled_from([*CASES]), changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3),
@@ -512,7 +514,7 @@ def test_any_json_gives_a_config_or_one_clear_error(case, changes, inner):
     try:
         found = DecoderConfig.from_hf(config)
     except (TypeError, ValueError) as error:
-        assert "must" in str(error) or "supported" in str(error) or "scaling of type" in str(error), error
+        assert re.search(rf"\b({'|'.join(NAMES)})\b", str(error)), error
     else:
         assert found == DecoderConfig.from_hf(config) and found.num_layers <= 10_000
     assert repr(config) == repr(before)      # repr: NaN is in it, and is not itself
@@ -558,7 +560,7 @@ def test_the_control_a_cache_without_positions():
         cache = model.new_cache(ids.shape[0], 16) if cache is None else cache
         with torch.no_grad():
             return model(ids, cache=cache, position_ids=torch.arange(ids.shape[1])[None]), cache
-    with pytest.raises(AssertionError, match="cache, token by token: output 1 differs by"):
+    with pytest.raises(AssertionError, match=r"\boutput 1\b"):
         assert_cache_equals_full(forgets, some_ids(2, 9))
 
 
@@ -570,7 +572,7 @@ def test_no_token_sees_its_future(changes):
     assert_causal(lambda ids: model(ids, return_weights=True)[0], ids, num_ids=61)
     model.model.layers[1].self_attn.is_causal = False
     if changes.get("windows", (None,) * 3)[1] != 1:
-        with pytest.raises(AssertionError, match="sees its future"):
+        with pytest.raises(AssertionError, match=r"\bfuture\b"):
             assert_causal(model, ids, num_ids=61)
 
 
@@ -642,34 +644,34 @@ def test_only_the_last_logits():
         model(ids, logits_to_keep=1)
     assert 3 * 61 in recorder.made and 3 * 11 * 61 not in recorder.made
     cache = model.new_cache(3, 11)
-    with pytest.raises(ValueError, match="^labels need all logits, got logits_to_keep=2"):
+    with pytest.raises(ValueError, match=r"\blogits_to_keep\b"):
         model(ids, labels=ids, logits_to_keep=2, cache=cache)
     assert cache[0].length == 0
 
 
 @pytest.mark.parametrize("changes, error, words", [
-    ({"input_ids": None}, TypeError, "input_ids must be an integer tensor, got NoneType"),
-    ({"input_ids": torch.zeros(3, 11)}, TypeError, "input_ids must be an integer tensor, got torch.float32"),
-    ({"input_ids": torch.zeros(3, 11).bool()}, TypeError, "input_ids must be an integer tensor, got torch.bool"),
-    ({"input_ids": torch.arange(11)}, ValueError, r"input_ids must be \(B, T\), got shape \(11,\)"),
-    ({"input_ids": torch.zeros(3, 0).long()}, ValueError, r"input_ids must be \(B, T\), got shape \(3, 0\)"),
-    ({"input_ids": some_ids() + 40}, ValueError, r"input_ids must be in 0 \.\. 60, got "),
-    ({"input_ids": some_ids() - 1 - 60}, ValueError, r"input_ids must be in 0 \.\. 60, got -"),
-    ({"attention_mask": torch.ones(3, 10).bool()}, ValueError, r"attention_mask must be \(B, past \+ T\) = \(3, 13\), got "),
-    ({"attention_mask": torch.ones(3, 11).long()}, ValueError, r"attention_mask must be .* = \(3, 13\), got "),
-    ({"attention_mask": [1]}, TypeError, "attention_mask must be a bool or integer tensor.* got list"),
-    ({"attention_mask": torch.full((3, 13), 2)}, ValueError, r"attention mask must be in 0 \.\. 1, got 2"),
-    ({"attention_mask": torch.ones(3, 13)}, TypeError, "attention_mask must be a bool or integer tensor"),
-    ({"position_ids": torch.zeros(3, 10).long()}, ValueError, r"position_ids must be \(B or 1, T\), got shape \(3, 10\)"),
-    ({"position_ids": torch.zeros(2, 11).long()}, ValueError, r"position_ids must be \(B or 1, T\), got shape \(2, 11\)"),
-    ({"position_ids": torch.zeros(11).long()}, ValueError, "position_ids must be"),
-    ({"position_ids": torch.zeros(3, 11)}, TypeError, "position_ids must be an integer tensor, got torch.float32"),
-    ({"labels": some_ids()[:, 1:]}, ValueError, r"labels must be \(3, 11\), got shape \(3, 10\)"),
-    ({"labels": some_ids().double()}, TypeError, "labels must be an integer tensor, got torch.float64"),
-    ({"labels": some_ids() + 40}, ValueError, r"labels must be in 0 \.\. 60"),
-    ({"labels": some_ids() - 61}, ValueError, r"labels must be in 0 \.\. 60, got -"),
-    ({"logits_to_keep": -1}, ValueError, "logits_to_keep must be at least 0, got -1"),
-    ({"logits_to_keep": 1.5}, TypeError, "logits_to_keep must be an int, got 1.5"),
+    ({"input_ids": None}, TypeError, "input_ids"),
+    ({"input_ids": torch.zeros(3, 11)}, TypeError, "input_ids"),
+    ({"input_ids": torch.zeros(3, 11).bool()}, TypeError, "input_ids"),
+    ({"input_ids": torch.arange(11)}, ValueError, "input_ids"),
+    ({"input_ids": torch.zeros(3, 0).long()}, ValueError, "input_ids"),
+    ({"input_ids": some_ids() + 40}, ValueError, "input_ids"),
+    ({"input_ids": some_ids() - 1 - 60}, ValueError, "input_ids"),
+    ({"attention_mask": torch.ones(3, 10).bool()}, ValueError, "attention_mask"),
+    ({"attention_mask": torch.ones(3, 11).long()}, ValueError, "attention_mask"),
+    ({"attention_mask": [1]}, TypeError, "attention_mask"),
+    ({"attention_mask": torch.full((3, 13), 2)}, ValueError, "attention.mask"),
+    ({"attention_mask": torch.ones(3, 13)}, TypeError, "attention_mask"),
+    ({"position_ids": torch.zeros(3, 10).long()}, ValueError, "position_ids"),
+    ({"position_ids": torch.zeros(2, 11).long()}, ValueError, "position_ids"),
+    ({"position_ids": torch.zeros(11).long()}, ValueError, "position_ids"),
+    ({"position_ids": torch.zeros(3, 11)}, TypeError, "position_ids"),
+    ({"labels": some_ids()[:, 1:]}, ValueError, "labels"),
+    ({"labels": some_ids().double()}, TypeError, "labels"),
+    ({"labels": some_ids() + 40}, ValueError, "labels"),
+    ({"labels": some_ids() - 61}, ValueError, "labels"),
+    ({"logits_to_keep": -1}, ValueError, "logits_to_keep"),
+    ({"logits_to_keep": 1.5}, TypeError, "logits_to_keep"),
 ])
 @torch.no_grad()
 def test_bad_input_is_named_and_the_cache_is_left_alone(changes, error, words):
@@ -677,7 +679,7 @@ def test_bad_input_is_named_and_the_cache_is_left_alone(changes, error, words):
     cache = model.new_cache(3, 20)
     model(some_ids()[:, :2], cache=cache)
     before = [kept.keys.clone() for kept in cache]
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         model(**{"input_ids": some_ids(), "cache": cache, **changes})
     assert {kept.length for kept in cache} == {2} and all(torch.equal(a.keys, b) for a, b in zip(cache, before))
     assert_close(model(some_ids()[:, 2:], cache=cache), model(some_ids())[:, 2:], rtol=0, atol=1e-9)
@@ -687,19 +689,14 @@ def test_bad_input_is_named_and_the_cache_is_left_alone(changes, error, words):
 def test_bad_caches_are_named():
     model, ids = small(), some_ids()
     good = model.new_cache(3, 20)
-    for cache, words in ((good[:2], r"cache must be a list of 3 caches, one for each layer, got \['KVCache', 'KVCache'\]"),
-                         (good[0], "cache must be a list, one cache for each layer.* got KVCache"), ([], r"got \[\]"),
-                         ([good[0]] * 3, "cache must be another one for each layer, got the same cache twice"),
-                         ([None] * 3, "cache must be .* one for each layer"),
-                         (model.new_cache(3, 10), "cache must have room for 11 more tokens in every layer"),
-                         ([*good[:2], KVCache(3, 2, 10, 8)], "cache must have room for 11 more tokens in every layer")):
-        with pytest.raises((ValueError, TypeError), match=words):
+    for cache in (good[:2], good[0], [], [good[0]] * 3, [None] * 3, model.new_cache(3, 10), [*good[:2], KVCache(3, 2, 10, 8)]):
+        with pytest.raises((ValueError, TypeError), match=r"\bcache\b"):
             model(ids, cache=cache)
         assert {kept.length for kept in good} == {0}
     good[1].update(torch.zeros(3, 2, 1, 8), torch.zeros(3, 2, 1, 8))
-    with pytest.raises(ValueError, match="cache must have room"):
+    with pytest.raises(ValueError, match=r"\bcache\b"):
         model(ids, cache=good)
-    with pytest.raises(ValueError, match="key must be"):
+    with pytest.raises(ValueError, match=r"\bkey\b"):
         model(ids, cache=model.new_cache(2, 20))
 
 
@@ -709,7 +706,7 @@ def test_new_cache_is_like_the_weights():
         assert len(cache) == 3 and len(set(map(id, cache))) == 3
         assert all(repr(c) == f"KVCache(batch_size=3, num_kv_heads=2, max_len=20, head_dim=8, v_head_dim=8, dtype={dtype}, "
                    "length=0)" for c in cache)
-    with pytest.raises(ValueError, match="max_len must be at least 1"):
+    with pytest.raises(ValueError, match=r"\bmax_len\b"):
         small().new_cache(3, 0)
 
 
@@ -728,7 +725,7 @@ def test_a_vocabulary_too_large_for_the_ids_is_refused():
     """Tokens above 127 do not fit into int8; they would come out as others."""
     model = small(vocab_size=300)
     for dtype in (torch.int8, torch.uint8):
-        with pytest.raises(ValueError, match=f"^input_ids must be of a dtype that holds 299, got {dtype}"):
+        with pytest.raises(ValueError, match=r"\binput_ids\b"):
             generate(model, some_ids().to(dtype), max_new_tokens=2)
         with torch.no_grad():                # reading them is no trouble
             assert torch.equal(model(some_ids().to(dtype)), model(some_ids()))
@@ -745,7 +742,7 @@ def test_no_layer_turns():
 def test_labels_that_leave_nothing_give_nan_as_in_pytorch():
     model, ids = small(), some_ids()
     assert model(ids, labels=torch.full_like(ids, -100))[0].isnan()
-    with pytest.raises(ValueError, match="^labels must have at least 2 tokens"):
+    with pytest.raises(ValueError, match=r"\blabels\b"):
         model(ids[:, :1], labels=ids[:, :1])
 
 
@@ -959,25 +956,25 @@ def test_sampling_by_hand():
 
 
 @pytest.mark.parametrize("options, error, words", [
-    ({"logits": None}, TypeError, r"logits must be a float tensor \(..., Vocab\), got NoneType"),
-    ({"logits": torch.arange(4)}, TypeError, "logits must be a float tensor .* got torch.int64"),
-    ({"logits": torch.zeros(())}, ValueError, r"logits must be \(..., Vocab\), got shape \(\)"),
-    ({"logits": torch.zeros(3, 0)}, ValueError, r"logits must be .* got shape \(3, 0\)"),
-    ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0, got 0.0"),
-    ({"temperature": -1}, ValueError, "temperature must be finite and above 0, got -1"),
-    ({"temperature": float("nan")}, ValueError, "temperature must be finite and above 0, got nan"),
-    ({"temperature": None}, TypeError, "temperature must be a number, got None"),
-    ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
-    ({"top_k": 2.0}, TypeError, "top_k must be an int, got 2.0"),
-    ({"top_p": 0.0}, ValueError, "top_p must be finite and above 0, got 0.0"),
-    ({"top_p": 1.1}, ValueError, "top_p must be at most 1, got 1.1"),
-    ({"top_p": "most"}, TypeError, "top_p must be a number, got 'most'"),
+    ({"logits": None}, TypeError, "logits"),
+    ({"logits": torch.arange(4)}, TypeError, "logits"),
+    ({"logits": torch.zeros(())}, ValueError, "logits"),
+    ({"logits": torch.zeros(3, 0)}, ValueError, "logits"),
+    ({"temperature": 0.0}, ValueError, "temperature"),
+    ({"temperature": -1}, ValueError, "temperature"),
+    ({"temperature": float("nan")}, ValueError, "temperature"),
+    ({"temperature": None}, TypeError, "temperature"),
+    ({"top_k": 0}, ValueError, "top_k"),
+    ({"top_k": 2.0}, TypeError, "top_k"),
+    ({"top_p": 0.0}, ValueError, "top_p"),
+    ({"top_p": 1.1}, ValueError, "top_p"),
+    ({"top_p": "most"}, TypeError, "top_p"),
 ])
 def test_bad_options_of_sampling_are_named(options, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         process_logits(**{"logits": torch.zeros(4), **options})
     if "logits" not in options:
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=rf"\b{words}\b"):
             generate(small(), some_ids(), max_new_tokens=2, do_sample=True, **options)
 
 
@@ -1123,35 +1120,35 @@ def test_what_is_written_can_be_trained_on():
 
 
 @pytest.mark.parametrize("changes, error, words", [
-    ({"input_ids": None}, TypeError, "input_ids must be an integer tensor"),
-    ({"input_ids": torch.arange(4)}, ValueError, r"input_ids must be \(B, T\), got shape \(4,\)"),
-    ({"input_ids": some_ids() + 40}, ValueError, r"input_ids must be in 0 \.\. 60"),
-    ({"attention_mask": left_padding(0, 0)}, ValueError, r"attention_mask must be \(B, past \+ T\) = \(3, 11\)"),
-    ({"attention_mask": 1 - left_padding(4, 1, 7)}, ValueError, "attention_mask must end in 1 in every row: pad on the left"),
-    ({"attention_mask": torch.ones(3, 11)}, TypeError, "attention_mask must be a bool or integer tensor"),
-    ({"attention_mask": torch.full((3, 11), 3)}, ValueError, r"attention mask must be in 0 \.\. 1"),
-    ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be at least 0, got -1"),
-    ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int, got 2.0"),
-    ({"do_sample": 1}, TypeError, "do_sample must be True or False, got 1"),
-    ({"temperature": 0.5}, ValueError, "temperature, top_k and top_p need do_sample=True, got"),
-    ({"top_k": 5}, ValueError, "need do_sample=True"),
-    ({"top_p": 0.5}, ValueError, "need do_sample=True"),
-    ({"eos_token_id": 2.0}, TypeError, "eos_token_id must be an int, got 2.0"),
-    ({"eos_token_id": [1, -1]}, ValueError, "eos_token_id must be at least 0, got -1"),
-    ({"eos_token_id": 61}, ValueError, r"eos_token_id must be in 0 \.\. 60, got 61"),
-    ({"eos_token_id": 10 ** 30}, ValueError, r"eos_token_id must be in 0 \.\. 60"),
-    ({"pad_token_id": "x"}, TypeError, "pad_token_id must be an int, got 'x'"),
-    ({"pad_token_id": 61}, ValueError, r"pad_token_id must be in 0 \.\. 60, got 61"),
-    ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
-    ({"seed": 1.5}, TypeError, "seed must be an int, got 1.5"),
-    ({"seed": 2 ** 64}, ValueError, r"seed must be below 2\*\*64, got 18446744073709551616"),
-    ({"on_token": 3}, TypeError, "on_token must be callable, got int"),
-    ({"use_cache": 1}, TypeError, "use_cache must be True or False, got 1"),
+    ({"input_ids": None}, TypeError, "input_ids"),
+    ({"input_ids": torch.arange(4)}, ValueError, "input_ids"),
+    ({"input_ids": some_ids() + 40}, ValueError, "input_ids"),
+    ({"attention_mask": left_padding(0, 0)}, ValueError, "attention_mask"),
+    ({"attention_mask": 1 - left_padding(4, 1, 7)}, ValueError, r"attention_mask\b.*\bleft"),
+    ({"attention_mask": torch.ones(3, 11)}, TypeError, "attention_mask"),
+    ({"attention_mask": torch.full((3, 11), 3)}, ValueError, "attention.mask"),
+    ({"max_new_tokens": -1}, ValueError, "max_new_tokens"),
+    ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens"),
+    ({"do_sample": 1}, TypeError, "do_sample"),
+    ({"temperature": 0.5}, ValueError, "do_sample"),
+    ({"top_k": 5}, ValueError, "do_sample"),
+    ({"top_p": 0.5}, ValueError, "do_sample"),
+    ({"eos_token_id": 2.0}, TypeError, "eos_token_id"),
+    ({"eos_token_id": [1, -1]}, ValueError, "eos_token_id"),
+    ({"eos_token_id": 61}, ValueError, "eos_token_id"),
+    ({"eos_token_id": 10 ** 30}, ValueError, "eos_token_id"),
+    ({"pad_token_id": "x"}, TypeError, "pad_token_id"),
+    ({"pad_token_id": 61}, ValueError, "pad_token_id"),
+    ({"seed": -1}, ValueError, "seed"),
+    ({"seed": 1.5}, TypeError, "seed"),
+    ({"seed": 2 ** 64}, ValueError, "seed"),
+    ({"on_token": 3}, TypeError, "on_token"),
+    ({"use_cache": 1}, TypeError, "use_cache"),
 ])
 def test_bad_arguments_of_generate_are_named(changes, error, words):
     model = small()
     model.train()
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         generate(model, **{"input_ids": some_ids(), "max_new_tokens": 3, **changes})
     assert model.training
 
@@ -1242,7 +1239,7 @@ def test_mixed_dtypes_become_the_widest(tmp_path):
         loaded = DecoderLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
         assert all(torch.equal(loaded[name], x.bfloat16()) for name, x in mixed.items())
     save_file({name: x.to(torch.float8_e4m3fn) for name, x in state.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="must be one of F64, F32, F16, BF16, got F8_E4M3"):
+    with pytest.raises(ValueError, match=r"\bF8_E4M3\b"):
         DecoderLM.from_pretrained(tmp_path)
 
 
@@ -1294,10 +1291,10 @@ def test_ties_in_files(tmp_path):
     again = DecoderLM.from_pretrained(tmp_path)
     assert again.lm_head.weight is again.model.embed_tokens.weight and torch.equal(again(some_ids()), model(some_ids()))
     save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="lm_head.weight must equal the table of tokens, since tie_word_embeddings is true"):
+    with pytest.raises(ValueError, match=r"\blm_head\.weight\b.*\btie_word_embeddings\b"):
         DecoderLM.from_pretrained(tmp_path)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight + 1)
-    with pytest.raises(ValueError, match="lm_head.weight must equal the table of tokens, since tie_embeddings is true"):
+    with pytest.raises(ValueError, match=r"\blm_head\.weight\b.*\btie_embeddings\b"):
         model.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -1350,24 +1347,24 @@ def test_tensors_that_do_not_fit(folder):
         changes = {**state, **{name.replace("__", "."): x for name, x in changes.items()}}
         save_file({name: x for name, x in changes.items() if x is not None}, folder / "model.safetensors")
     write(**{one: None})
-    refuse(folder, rf"^tensors missing from the checkpoint: {one} \(1\)$")
+    refuse(folder, rf"\b{one}\b")
     write(extra=torch.ones(3), more=torch.ones(3), evil=torch.ones(3), four=torch.ones(3))
-    refuse(folder, r"^tensors too many in the checkpoint: evil, extra, four ... \(4\)$")
+    refuse(folder, r"\bevil, extra, four\b.*\b4\b")
     write(**{"\x1b[31m" + "x" * 999: torch.ones(1)})
-    refuse(folder, r"^tensors too many in the checkpoint: .x1b\[31mx+ \(1\)$")
+    refuse(folder, r"\\x1b\[31mx+\b")
     for wrong in (state[one].T.contiguous(), state[one][None], state[one][:-1], state[one].flatten()):
         write(**{one: wrong})
-        refuse(folder, rf"^tensor {one} must be \(28, 24\) by the config, got \({', '.join(map(str, wrong.shape))}")
+        refuse(folder, rf"\b{one}\b")
     write(**{one: state[one].long()})
-    refuse(folder, f"^tensor {one} must be one of F64, F32, F16, BF16, got I64$")
+    refuse(folder, rf"\b{one}\b.*\bI64\b")
     write(**{"model.layers.3.input_layernorm.weight": torch.ones(24)})
-    refuse(folder, "^tensors too many in the checkpoint: model.layers.3.input_layernorm.weight")
+    refuse(folder, r"\bmodel\.layers\.3\.input_layernorm\.weight\b")
     write()
-    for changes, words in (({"hidden_size": 30}, "tensor .* must be"), ({"vocab_size": 62}, r"must be \(62, 24\) by the config"),
-                           ({"num_hidden_layers": 2}, "too many"), ({"num_hidden_layers": 4}, "missing from the"),
-                           ({"num_key_value_heads": 1}, "k_proj.weight must be"), ({"attention_bias": True}, "missing .*bias"),
-                           ({"model_type": "qwen3"}, "missing .*_norm"), ({"head_dim": 4}, "must be"),
-                           ({"intermediate_size": 27}, r"must be \((24, 27|27, 24)\) by the config")):
+    for changes, words in (({"hidden_size": 30}, r"\.weight"), ({"vocab_size": 62}, r"(lm_head|embed_tokens)\.weight"),
+                           ({"num_hidden_layers": 2}, r"layers\.2\."), ({"num_hidden_layers": 4}, r"layers\.3\."),
+                           ({"num_key_value_heads": 1}, r"k_proj\.weight"), ({"attention_bias": True}, r"_proj\.bias"),
+                           ({"model_type": "qwen3"}, r"_norm\.weight"), ({"head_dim": 4}, r"_proj\.weight"),
+                           ({"intermediate_size": 27}, r"(gate|up|down)_proj\.weight")):
         small().save_pretrained(folder)
         rewrite(folder, **changes)
         refuse(folder, words)
@@ -1388,21 +1385,20 @@ def test_hostile_sizes(folder, changes):
     if "eos_token_id" in changes:
         DecoderLM.from_pretrained(folder)    # odd, and harmless
     else:
-        refuse(folder, "must|missing")
+        refuse(folder, r"config\.json|\.weight\b|\bsizes\b")
 
 
 @pytest.mark.parametrize("text, words", [
-    ("", "config.json must be JSON"), ("{", "config.json must be JSON"), ("[]", "config.json must hold an object, got list"),
-    ("null", "must hold an object, got NoneType"), ("\xff\xfe", "config.json"), ("{}", "model_type must be one of"),
-    ("[" * 100_000, "config.json must be JSON"), ('{"a":' * 50_000 + "1" + "}" * 50_000, "config.json must be JSON"),
-    ('{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}", "config.json must be JSON"),
-    ('{"model_type": "' + "x" * 500_000 + '"}', "model_type must be one of .* got 'xxx"),
-    ('{"model_type": "\\ud800"}', "model_type must be one of"),
-    (" " * (2 ** 20 + 1), "config.json must have at most 1048576 bytes, got 1048577"),
+    ("", r"config\.json"), ("{", r"config\.json"), ("[]", r"config\.json"), ("null", r"config\.json"),
+    ("\xff\xfe", r"config\.json"), ("{}", "model_type"), ("[" * 100_000, r"config\.json"),
+    ('{"a":' * 50_000 + "1" + "}" * 50_000, r"config\.json"),
+    ('{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}", r"config\.json"),
+    ('{"model_type": "' + "x" * 500_000 + '"}', "model_type"), ('{"model_type": "\\ud800"}', "model_type"),
+    (" " * (2 ** 20 + 1), r"config\.json\b.*\b1048577"),
 ])
 def test_a_config_that_is_none(folder, text, words):
     (folder / "config.json").write_bytes(text.encode("latin1"))
-    refuse(folder, words)
+    refuse(folder, rf"\b{words}\b")
 
 
 def test_deep_nests(folder):
@@ -1417,32 +1413,31 @@ def test_deep_nests(folder):
 
 
 def test_places_that_hold_no_checkpoint(folder):
-    refuse(folder / "nothing", "^path must hold config.json", FileNotFoundError)
-    refuse(folder / "config.json", "^path must hold config.json", (FileNotFoundError, NotADirectoryError))
+    refuse(folder / "nothing", r"\bpath\b.*\bconfig\.json\b", FileNotFoundError)
+    refuse(folder / "config.json", r"\bpath\b.*\bconfig\.json\b", (FileNotFoundError, NotADirectoryError))
     with pytest.raises(TypeError):
         DecoderLM.from_pretrained(None)
     for kind in (os.mkdir, os.mkfifo):
-        for name, words in (("model.safetensors", "'model.safetensors' is missing, or no file"),
-                            ("config.json", "config.json must be a file")):
+        for name in ("model.safetensors", "config.json"):
             os.remove(folder / name)
             kind(folder / name)
-            refuse(folder, words)
+            refuse(folder, rf"\b{re.escape(name)}\b")
             os.rmdir(folder / name) if kind is os.mkdir else os.remove(folder / name)
             small().save_pretrained(folder)
     os.remove(folder / "model.safetensors")
-    refuse(folder, "^path must hold model.safetensors or its index; other formats are not read")
+    refuse(folder, r"\bpath\b.*\bmodel\.safetensors\b")
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    refuse(folder, "^path must hold model.safetensors or its index")
+    refuse(folder, r"\bpath\b.*\bmodel\.safetensors\b")
     os.mkfifo(folder / "model.safetensors.index.json")
-    refuse(folder, "index.json must be a file")
+    refuse(folder, r"\bindex\.json\b")
 
 
 def test_unknown_dtypes_and_devices(folder):
     for dtype in (torch.int64, "float32", torch.float8_e4m3fn):
-        with pytest.raises(TypeError, match="^dtype must be one of torch.float64, .* got "):
+        with pytest.raises(TypeError, match=r"\bdtype\b"):
             DecoderLM.from_pretrained(folder, dtype=dtype)
     for device in ("nonsense", None, [1]):
-        with pytest.raises((TypeError, ValueError), match="^device must be a device"):
+        with pytest.raises((TypeError, ValueError), match=r"\bdevice\b"):
             DecoderLM.from_pretrained(folder, device=device)
 
 
@@ -1461,20 +1456,20 @@ def test_an_index_names_plain_files_only(folder, name):
     save_file(load_file(folder / "model.safetensors"), folder / "x.safetensors")
     indexed(folder / "down", {"a": name})
     os.link(folder / "config.json", folder / "down/config.json")
-    refuse(folder / "down", r"^model.safetensors.index.json must name plain .safetensors files, got ")
+    refuse(folder / "down", r"\bmodel\.safetensors\.index\.json\b")
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x" * 300 + ".safetensors", "x" * 300_000 + ".safetensors",
                                   "\ud800.safetensors", "\x1b[31m.safetensors", "~.safetensors", "$HOME.safetensors"])
 def test_a_missing_shard(folder, name):
     indexed(folder, {"a": name})
-    refuse(folder, r"\.?.* is missing, or no file$")
+    refuse(folder, re.escape(repr(name[:40])[1:-1]))
 
 
 @pytest.mark.parametrize("files", [None, {}, [], "x"])
 def test_an_index_without_names(folder, files):
     indexed(folder, files)
-    refuse(folder, "must have a weight_map")
+    refuse(folder, r"\bweight_map\b")
 
 
 def test_an_index_that_does_not_tell_the_truth(folder):
@@ -1490,19 +1485,19 @@ def test_an_index_that_does_not_tell_the_truth(folder):
     indexed(folder, right)
     assert torch.equal(DecoderLM.from_pretrained(folder)(some_ids()), small_again(state)(some_ids()))
     indexed(folder, {**right, names[0]: "b.safetensors"})
-    refuse(folder, f"^tensor '{names[0]}' must be in b.safetensors, got a.safetensors")
+    refuse(folder, rf"\b{names[0]}\b.*\bb\.safetensors\b")
     indexed(folder, {name: file for name, file in right.items() if name != names[3]})
-    refuse(folder, rf"^tensors too many in the files: {names[3]}")
+    refuse(folder, rf"\b{names[3]}\b")
     indexed(folder, {**right, "ghost\ud800": "b.safetensors"})
-    refuse(folder, r"^tensors missing from the files: ghost")
+    refuse(folder, r"\bghost")
     write(b=names[:1])                       # the same tensor in two files
     indexed(folder, right)
-    refuse(folder, rf"^tensor '{names[0]}' is in two files")
+    refuse(folder, rf"\b{names[0]}\b")
     (folder / "model.safetensors.index.json").write_text("[" * 10 ** 5)
-    refuse(folder, "^model.safetensors.index.json must be JSON")
+    refuse(folder, r"\bindex\.json\b")
     with open(folder / "model.safetensors.index.json", "w") as file:
         file.truncate(2 ** 24 + 1)
-    refuse(folder, "^model.safetensors.index.json must have at most 16777216 bytes")
+    refuse(folder, r"\bindex\.json\b.*\b16777216\b")
 
 
 def with_header(folder, header, body=b"", size=None):
@@ -1520,24 +1515,24 @@ def test_headers_that_lie(folder):
                          ({"a": {**entry, "data_offsets": [2 ** 64, 2 ** 65]}}, bytes(16)), (b"\xff\xfe", b""),
                          (b'{"a":' * 9999, b""), (b'{"a": 1, "a": 2}', b"")):
         with_header(folder, header, body)
-        refuse(folder, "^model.safetensors is damaged|^tensors missing")
+        refuse(folder, r"\bmodel\.safetensors\b|\blm_head\.weight\b")
     for size in (2 ** 24 + 1, 100_000_000, 2 ** 63, 2 ** 64 - 1):
         with_header(folder, b"{}", size=size)
-        refuse(folder, "^model.safetensors must have a header of at most 16777216 bytes, got ")
+        refuse(folder, r"\bmodel\.safetensors\b.*\b16777216\b")
     with open(path, "wb") as file:           # 100 MB of it are there, in a file with a hole
         file.write(struct.pack("<Q", 10 ** 8))
         file.truncate(2 * 10 ** 8)
-    refuse(folder, "^model.safetensors must have a header of at most 16777216 bytes, got 100000000")
+    refuse(folder, r"\bmodel\.safetensors\b.*\b100000000\b")
     for kept in (0, 1, 7, 8, 9, 100, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:kept])
-        refuse(folder, "^model.safetensors is damaged")
+        refuse(folder, r"\bmodel\.safetensors\b")
     path.write_bytes(good + b"x")
-    refuse(folder, "^model.safetensors is damaged")
+    refuse(folder, r"\bmodel\.safetensors\b")
     path.write_bytes(b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")      # a pickle
-    refuse(folder, "^model.safetensors (is damaged|must have a header)")
+    refuse(folder, r"\bmodel\.safetensors\b")
     many = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
     with_header(folder, many)
-    refuse(folder, "^tensors missing", seconds=3.0)
+    refuse(folder, r"\blm_head\.weight\b", seconds=3.0)
 
 
 @given(data=st.data(), name=st.sampled_from(["config.json", "model.safetensors", "model.safetensors.index.json", "shard"]))
@@ -1597,7 +1592,7 @@ def test_totals_of_published_settings():
 
 
 def test_every_head_turns_whole():
-    with pytest.raises(ValueError, match="rope_scaling must turn whole heads, got 4 of head_dim=8"):
+    with pytest.raises(ValueError, match=r"\brope_scaling\b"):
         DecoderConfig(13, 16, 1, 2, 2, 8, rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.5})
 
 

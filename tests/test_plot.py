@@ -150,7 +150,7 @@ def test_signed_map_of_masked_scores():
 
 @pytest.mark.parametrize("mask", [torch.ones(3, 2).bool(), torch.ones(2, 3), torch.ones(1, 1, 2, 3).bool()])
 def test_map_refuses_masks_that_do_not_fit(mask):
-    with pytest.raises(ValueError, match=r"attn_mask must be bool, True = may attend, and broadcast to \(2, 3\), got"):
+    with pytest.raises(ValueError, match=r"\battn_mask\b"):
         plot_attention(torch.rand(2, 3), attn_mask=mask)
 
 
@@ -197,14 +197,14 @@ def test_everything_is_legible():
 
 
 @pytest.mark.parametrize("kwargs, words", [
-    ({"weights": torch.rand(0, 4)}, r"weights must be \(Tq, Tk\).* got shape \(0, 4\)"),
-    ({"weights": torch.rand(4)}, r"weights must be \(Tq, Tk\).* got shape \(4,\)"),
-    ({"weights": torch.rand(1, 3, 4)}, r"weights must be \(Tq, Tk\).* got shape \(1, 3, 4\)"),
-    ({"weights": torch.rand(3, 4), "query_tokens": "abcd"}, "query_tokens must have 3 labels, got 4"),
-    ({"weights": torch.rand(3, 4), "key_tokens": "abc"}, "key_tokens must have 4 labels, got 3"),
+    ({"weights": torch.rand(0, 4)}, "weights"),
+    ({"weights": torch.rand(4)}, "weights"),
+    ({"weights": torch.rand(1, 3, 4)}, "weights"),
+    ({"weights": torch.rand(3, 4), "query_tokens": "abcd"}, "query_tokens"),
+    ({"weights": torch.rand(3, 4), "key_tokens": "abc"}, "key_tokens"),
 ])
 def test_map_refuses_wrong_input(kwargs, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=rf"\b{words}\b"):
         plot_attention(**kwargs)
 
 
@@ -241,26 +241,26 @@ def test_large_maps_are_labelled():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"frames": torch.full((3, 4), torch.nan)}, "frames must be finite and not negative"),
-    ({"frames": torch.full((3, 4), torch.inf)}, "frames must be finite and not negative"),
-    ({"frames": torch.tensor([[0.5, 0.5, 0.5, -1.0]] * 3)}, "frames must be finite and not negative, got -1 to 0.5"),
-    ({"frames": torch.zeros(3, 0), "bars": ""}, "none 0"),
-    ({"frames": torch.rand(2, 4)}, "frames must be"),
-    ({"frames": torch.rand(4, 4)}, "frames must be"),
-    ({"marks": [1]}, r"marks must be 3 numbers of bars, or -1 for none, got \[1\]"),
-    ({"marks": [1, 1, 1, 1]}, "marks must be 3 numbers"),
-    ({"marks": [0, 0, 4]}, "marks must be 3 numbers"),
-    ({"marks": [0, 0, 7]}, "marks must be 3 numbers"),
-    ({"marks": [0, 0, -2]}, "marks must be 3 numbers"),
-    ({"start": -1}, r"start must be in 0 .. 2, got -1"),
-    ({"start": 3}, r"start must be in 0 .. 2, got 3"),
-    ({"start": 9}, r"start must be in 0 .. 2, got 9"),
-    ({"frames": torch.rand(4, 4), "steps": "pqrs", "start": 4}, r"start must be in 0 .. 3, got 4"),
+    ({"frames": torch.full((3, 4), torch.nan)}, "frames"),
+    ({"frames": torch.full((3, 4), torch.inf)}, "frames"),
+    ({"frames": torch.tensor([[0.5, 0.5, 0.5, -1.0]] * 3)}, "frames"),
+    ({"frames": torch.zeros(3, 0), "bars": ""}, "frames"),
+    ({"frames": torch.rand(2, 4)}, "frames"),
+    ({"frames": torch.rand(4, 4)}, "frames"),
+    ({"marks": [1]}, "marks"),
+    ({"marks": [1, 1, 1, 1]}, "marks"),
+    ({"marks": [0, 0, 4]}, "marks"),
+    ({"marks": [0, 0, 7]}, "marks"),
+    ({"marks": [0, 0, -2]}, "marks"),
+    ({"start": -1}, "start"),
+    ({"start": 3}, "start"),
+    ({"start": 9}, "start"),
+    ({"frames": torch.rand(4, 4), "steps": "pqrs", "start": 4}, "start"),
 ])
 def test_slider_refuses_what_it_cannot_draw(changes, words):
     good = {"frames": torch.rand(3, 4), "steps": "abc", "bars": "wxyz", "alt": "x"}
     slider_bars(**good, marks=[3, 0, -1], start=2)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=rf"\b{words}\b"):
         slider_bars(**{**good, **changes})
 
 
@@ -278,11 +278,11 @@ def test_slider_of_zeros():
 def test_slider_refuses_wrong_shapes():
     with pytest.raises(TypeError):
         slider_bars(torch.rand(2, 3), "ab", "abc", alt="x")
-    with pytest.raises(ValueError, match=r"got \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"\bframes\b"):
         slider_bars(torch.rand(3), steps="a", bars="abc", alt="x")
-    with pytest.raises(ValueError, match=r"frames must be \(variants, steps, bars\) = \(1, 2, 3\), none 0, got \(1, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"\bframes\b"):
         slider_bars(torch.rand(3, 2), steps="ab", bars="abc", alt="x")
-    with pytest.raises(ValueError, match=r"= \(2, 2, 3\), none 0, got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"\bframes\b"):
         slider_bars(torch.rand(2, 3), steps="ab", bars="abc", variants="xy", alt="x")
 
 
@@ -358,34 +358,34 @@ def test_mask_grid_cannot_be_broken_by_names():
 
 
 @pytest.mark.parametrize("changes, error, words", [
-    ({"masks": torch.ones(2, 3, 4)}, TypeError, "masks must be a bool tensor, True = may attend, got torch.float32"),
-    ({"masks": [[True]]}, TypeError, "masks must be a bool tensor, True = may attend, got list"),
-    ({"sliders": ["a"]}, TypeError, "sliders must map each name to its positions, got list"),
-    ({"sliders": []}, TypeError, "sliders must map each name to its positions, got list"),
-    ({"masks": torch.ones(4).bool()}, ValueError, r"masks must be \(2, Tq, Tk\), one leading axis .* got \(4,\)"),
-    ({"masks": torch.ones(4).bool(), "sliders": {}}, ValueError, r"masks must be \(Tq, Tk\), .*slider, got \(4,\)"),
-    ({"masks": torch.ones(3, 4).bool()}, ValueError, r"masks must be \(2, Tq, Tk\), .* got \(3, 4\)"),
-    ({"masks": torch.ones(2, 2, 3, 4).bool()}, ValueError, r"masks must be \(2, Tq, Tk\), .* got \(2, 2, 3, 4\)"),
-    ({"sliders": {"a": "1"}}, ValueError, r"masks must be \(1, Tq, Tk\), .* got \(2, 3, 4\)"),
-    ({"sliders": {"a": "123"}}, ValueError, r"masks must be \(3, Tq, Tk\), .* got \(2, 3, 4\)"),
-    ({"sliders": None}, ValueError, r"masks must be \(Tq, Tk\), .* got \(2, 3, 4\)"),
-    ({"sliders": {"a": "12", "b": "12"}}, ValueError, r"masks must be \(2, 2, Tq, Tk\), .* got \(2, 3, 4\)"),
-    ({"masks": torch.ones(2, 0, 4).bool()}, ValueError, r"1 to 24 queries and keys and no axis of 0, got \(2, 0, 4\)"),
-    ({"masks": torch.ones(2, 3, 0).bool()}, ValueError, r"1 to 24 queries and keys and no axis of 0, got \(2, 3, 0\)"),
-    ({"masks": torch.ones(0, 3, 4).bool(), "sliders": {"a": []}}, ValueError, r"no axis of 0, got \(0, 3, 4\)"),
-    ({"masks": torch.ones(2, 25, 4).bool()}, ValueError, r"1 to 24 queries and keys and no axis of 0, got \(2, 25, 4\)"),
-    ({"masks": torch.ones(2, 3, 25).bool()}, ValueError, r"1 to 24 queries and keys and no axis of 0, got \(2, 3, 25\)"),
-    ({"start": [1]}, ValueError, r"start must be a position .* the query, below \[2, 3\], got \[1\]"),
-    ({"start": [1, 1, 1]}, ValueError, r"below \[2, 3\], got \[1, 1, 1\]"),
-    ({"start": (2, 0)}, ValueError, r"below \[2, 3\], got \[2, 0\]"),
-    ({"start": (0, 3)}, ValueError, r"below \[2, 3\], got \[0, 3\]"),
-    ({"start": (-1, 0)}, ValueError, r"below \[2, 3\], got \[-1, 0\]"),
-    ({"start": (0, 1.5)}, ValueError, r"below \[2, 3\], got \[0, 1.5\]"),
+    ({"masks": torch.ones(2, 3, 4)}, TypeError, "masks"),
+    ({"masks": [[True]]}, TypeError, "masks"),
+    ({"sliders": ["a"]}, TypeError, "sliders"),
+    ({"sliders": []}, TypeError, "sliders"),
+    ({"masks": torch.ones(4).bool()}, ValueError, "masks"),
+    ({"masks": torch.ones(4).bool(), "sliders": {}}, ValueError, "masks"),
+    ({"masks": torch.ones(3, 4).bool()}, ValueError, "masks"),
+    ({"masks": torch.ones(2, 2, 3, 4).bool()}, ValueError, "masks"),
+    ({"sliders": {"a": "1"}}, ValueError, "masks"),
+    ({"sliders": {"a": "123"}}, ValueError, "masks"),
+    ({"sliders": None}, ValueError, "masks"),
+    ({"sliders": {"a": "12", "b": "12"}}, ValueError, "masks"),
+    ({"masks": torch.ones(2, 0, 4).bool()}, ValueError, "masks"),
+    ({"masks": torch.ones(2, 3, 0).bool()}, ValueError, "masks"),
+    ({"masks": torch.ones(0, 3, 4).bool(), "sliders": {"a": []}}, ValueError, "masks"),
+    ({"masks": torch.ones(2, 25, 4).bool()}, ValueError, "masks"),
+    ({"masks": torch.ones(2, 3, 25).bool()}, ValueError, "masks"),
+    ({"start": [1]}, ValueError, "start"),
+    ({"start": [1, 1, 1]}, ValueError, "start"),
+    ({"start": (2, 0)}, ValueError, "start"),
+    ({"start": (0, 3)}, ValueError, "start"),
+    ({"start": (-1, 0)}, ValueError, "start"),
+    ({"start": (0, 1.5)}, ValueError, "start"),
 ])
 def test_mask_grid_refuses_what_it_cannot_draw(changes, error, words):
     good = {"masks": torch.ones(2, 3, 4).bool(), "sliders": {"a": "12"}, "alt": "x"}
     mask_grid(**good, start=(1, 2))
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         mask_grid(**{**good, **changes})
 
 
@@ -468,39 +468,39 @@ def test_cache_steps_takes_weights_of_any_kind():
 
 
 @pytest.mark.parametrize("changes, error, words", [
-    ({"weights": [[1.0]]}, TypeError, "weights must be a Tensor, got list"),
-    ({"calls": 3}, TypeError, "calls must be a Sequence, got int"),
-    ({"calls": None}, TypeError, "calls must be a Sequence, got NoneType"),
-    ({"calls": [2.0, 1]}, TypeError, "calls must be whole, got 2.0"),
-    ({"calls": [2, True]}, TypeError, "calls must be whole, got True"),
-    ({"calls": "21"}, TypeError, "calls must be whole, got '2'"),
-    ({"max_len": 3.0}, TypeError, "max_len must be whole, got 3.0"),
-    ({"max_len": None}, TypeError, "max_len must be whole, got None"),
-    ({"start": "1"}, TypeError, "start must be whole, got '1'"),
-    ({"start": True}, TypeError, "start must be whole, got True"),
-    ({"weights": torch.eye(3)[:2]}, ValueError, r"weights must be \(T, T\) with T from 1 to 16, got shape \(2, 3\)"),
-    ({"weights": torch.eye(3)[0]}, ValueError, r"weights must be \(T, T\) .* got shape \(3,\)"),
-    ({"weights": torch.eye(3)[None]}, ValueError, r"weights must be \(T, T\) .* got shape \(1, 3, 3\)"),
-    ({"weights": torch.zeros(0, 0)}, ValueError, r"weights must be \(T, T\) with T from 1 to 16, got shape \(0, 0\)"),
-    ({"weights": torch.eye(17), "calls": [17], "max_len": 17}, ValueError, r"T from 1 to 16, got shape \(17, 17\)"),
-    ({"weights": torch.full((3, 3), 0.3)}, ValueError, "weights must be causal, got a weight above the diagonal"),
-    ({"weights": torch.eye(3) * 1.1}, ValueError, "weights must be from 0 to 1, got 0 to 1.1"),
-    ({"weights": torch.eye(3) * -1}, ValueError, "weights must be from 0 to 1, got -1 to "),
-    ({"weights": torch.eye(3) * torch.nan}, ValueError, "weights must be from 0 to 1, got nan to nan"),
-    ({"calls": [2, 2]}, ValueError, r"calls must be sizes of at least 1 that add up to T=3, got \[2, 2\]"),
-    ({"calls": [2]}, ValueError, r"calls must be sizes of at least 1 that add up to T=3, got \[2\]"),
-    ({"calls": []}, ValueError, r"calls must be sizes of at least 1 that add up to T=3, got \[\]"),
-    ({"calls": [3, 0]}, ValueError, r"calls must be sizes of at least 1 .* got \[3, 0\]"),
-    ({"calls": [4, -1]}, ValueError, r"calls must be sizes of at least 1 .* got \[4, -1\]"),
-    ({"max_len": 2}, ValueError, "max_len must be from T=3 to 24, got 2"),
-    ({"max_len": 25}, ValueError, "max_len must be from T=3 to 24, got 25"),
-    ({"start": 2}, ValueError, r"start must be in 0 .. 1, got 2"),
-    ({"start": -1}, ValueError, r"start must be in 0 .. 1, got -1"),
+    ({"weights": [[1.0]]}, TypeError, "weights"),
+    ({"calls": 3}, TypeError, "calls"),
+    ({"calls": None}, TypeError, "calls"),
+    ({"calls": [2.0, 1]}, TypeError, "calls"),
+    ({"calls": [2, True]}, TypeError, "calls"),
+    ({"calls": "21"}, TypeError, "calls"),
+    ({"max_len": 3.0}, TypeError, "max_len"),
+    ({"max_len": None}, TypeError, "max_len"),
+    ({"start": "1"}, TypeError, "start"),
+    ({"start": True}, TypeError, "start"),
+    ({"weights": torch.eye(3)[:2]}, ValueError, "weights"),
+    ({"weights": torch.eye(3)[0]}, ValueError, "weights"),
+    ({"weights": torch.eye(3)[None]}, ValueError, "weights"),
+    ({"weights": torch.zeros(0, 0)}, ValueError, "weights"),
+    ({"weights": torch.eye(17), "calls": [17], "max_len": 17}, ValueError, "weights"),
+    ({"weights": torch.full((3, 3), 0.3)}, ValueError, "weights"),
+    ({"weights": torch.eye(3) * 1.1}, ValueError, "weights"),
+    ({"weights": torch.eye(3) * -1}, ValueError, "weights"),
+    ({"weights": torch.eye(3) * torch.nan}, ValueError, "weights"),
+    ({"calls": [2, 2]}, ValueError, "calls"),
+    ({"calls": [2]}, ValueError, "calls"),
+    ({"calls": []}, ValueError, "calls"),
+    ({"calls": [3, 0]}, ValueError, "calls"),
+    ({"calls": [4, -1]}, ValueError, "calls"),
+    ({"max_len": 2}, ValueError, "max_len"),
+    ({"max_len": 25}, ValueError, "max_len"),
+    ({"start": 2}, ValueError, "start"),
+    ({"start": -1}, ValueError, "start"),
 ])
 def test_cache_steps_refuses_what_it_cannot_draw(changes, error, words):
     good = {"weights": causal_weights(3), "calls": [2, 1], "max_len": 3, "alt": "x"}
     cache_steps(**good)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         cache_steps(**{**good, **changes})
 
 
@@ -595,33 +595,33 @@ def changed(**numbers):
 
 
 @pytest.mark.parametrize("changes, error, words", [
-    ({"models": [1]}, TypeError, "models must be a mapping from names, got list"),
-    ({"models": {}}, ValueError, "models must have at least one name, got none"),
-    ({"models": {"m": 7}}, TypeError, r"models\['m'\] must be a mapping, got int"),
-    ({"models": {"m": {}}}, ValueError, r"models\['m'\] must have the keys weight_bytes, num_layers, .* got \[\]"),
-    (changed(num_heads=3), ValueError, r"models\['m'\] must have the keys .* got \['num_layers', .*'num_heads'\]"),
-    (changed(num_layers=0), ValueError, r"models\['m'\]\['num_layers'\] must be in 1 .. 1024, got 0"),
-    (changed(num_kv_heads=-1), ValueError, r"models\['m'\]\['num_kv_heads'\] must be in 1 .. 1024, got -1"),
-    (changed(head_dim=1025), ValueError, r"models\['m'\]\['head_dim'\] must be in 1 .. 1024, got 1025"),
-    (changed(weight_bytes=0), ValueError, r"models\['m'\]\['weight_bytes'\] must be in 1 .. 9007199254740991, got 0"),
-    (changed(weight_bytes=2**53), ValueError, r"'weight_bytes'\] must be in 1 .. 9007199254740991, got 9007199254740992"),
-    (changed(head_dim=64.0), TypeError, r"models\['m'\]\['head_dim'\] must be an int, got 64.0"),
-    (changed(num_layers=True), TypeError, r"models\['m'\]\['num_layers'\] must be an int, got True"),
-    (changed(weight_bytes="9"), TypeError, r"models\['m'\]\['weight_bytes'\] must be an int, got '9'"),
-    ({"cards": 80}, TypeError, "cards must be a mapping from names, got int"),
-    ({"cards": {}}, ValueError, "cards must have at least one name, got none"),
-    ({"cards": {"a": 1, "b": 0}}, ValueError, r"cards\['b'\] must be in 1 .. 9007199254740991, got 0"),
-    ({"cards": {"a": 2**53}}, ValueError, r"cards\['a'\] must be in 1 .. 9007199254740991, got 9007199254740992"),
-    ({"cards": {"a": 8e9}}, TypeError, r"cards\['a'\] must be an int, got 8000000000.0"),
-    ({"start": -1}, ValueError, "start must be in 0 .. 2, got -1"),
-    ({"start": 3}, ValueError, "start must be in 0 .. 2, got 3"),
-    ({"start": "small"}, TypeError, "start must be an int, got 'small'"),
+    ({"models": [1]}, TypeError, "models"),
+    ({"models": {}}, ValueError, "models"),
+    ({"models": {"m": 7}}, TypeError, "models"),
+    ({"models": {"m": {}}}, ValueError, "models"),
+    (changed(num_heads=3), ValueError, r"models\b.*\bnum_heads"),
+    (changed(num_layers=0), ValueError, r"models\b.*\bnum_layers"),
+    (changed(num_kv_heads=-1), ValueError, r"models\b.*\bnum_kv_heads"),
+    (changed(head_dim=1025), ValueError, r"models\b.*\bhead_dim"),
+    (changed(weight_bytes=0), ValueError, r"models\b.*\bweight_bytes"),
+    (changed(weight_bytes=2**53), ValueError, r"models\b.*\bweight_bytes"),
+    (changed(head_dim=64.0), TypeError, r"models\b.*\bhead_dim"),
+    (changed(num_layers=True), TypeError, r"models\b.*\bnum_layers"),
+    (changed(weight_bytes="9"), TypeError, r"models\b.*\bweight_bytes"),
+    ({"cards": 80}, TypeError, "cards"),
+    ({"cards": {}}, ValueError, "cards"),
+    ({"cards": {"a": 1, "b": 0}}, ValueError, r"cards\b.*\bb"),
+    ({"cards": {"a": 2**53}}, ValueError, r"cards\b.*\ba"),
+    ({"cards": {"a": 8e9}}, TypeError, r"cards\b.*\ba"),
+    ({"start": -1}, ValueError, "start"),
+    ({"start": 3}, ValueError, "start"),
+    ({"start": "small"}, TypeError, "start"),
 ])
 def test_calculator_refuses_what_it_cannot_draw(changes, error, words):
     good = {"models": MODELS, "cards": CARDS, "alt": "x"}
     kv_calculator(**good, start=2)
     kv_calculator(**{**good, **changed(num_layers=1024, num_kv_heads=1, head_dim=1, weight_bytes=1)})
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         kv_calculator(**{**good, **changes})
 
 
@@ -677,21 +677,21 @@ def test_dial_is_small_and_carries_the_tensors():
 
 
 @pytest.mark.parametrize("changes, error, words", [
-    ({"query": torch.ones(2, 3)}, ValueError, r"query must be \(2, 2\) finite numbers, got \[\["),
-    ({"key": torch.tensor([[1.0, float("nan")], [0, 1]])}, ValueError, r"key must be \(2, 2\) finite numbers"),
-    ({"speeds": torch.ones(3)}, ValueError, r"speeds must be \(2,\) finite numbers, got \[1.0, 1.0, 1.0\]"),
-    ({"key": torch.zeros(2, 2)}, ValueError, "key must not be 0"),
-    ({"query": torch.full((2, 2), 1e-5)}, ValueError, "query must not be 0"),
-    ({"query": [[1, 0], [0, 1]]}, TypeError, "query must be a tensor"),
-    ({"length": 1}, ValueError, "length must be in 2 .. 200, got 1"), ({"length": 2.0}, TypeError, "length must be an int"),
-    ({"start": (25, 0)}, ValueError, "start must be in 0 .. 24, got 25"), ({"start": (0, -1)}, ValueError, "got -1"),
-    ({"start": (0,)}, ValueError, r"start must be two positions, got \(0,\)"),
-    ({"start": (0, 1.0)}, TypeError, "start must be an int"),
+    ({"query": torch.ones(2, 3)}, ValueError, "query"),
+    ({"key": torch.tensor([[1.0, float("nan")], [0, 1]])}, ValueError, "key"),
+    ({"speeds": torch.ones(3)}, ValueError, "speeds"),
+    ({"key": torch.zeros(2, 2)}, ValueError, "key"),
+    ({"query": torch.full((2, 2), 1e-5)}, ValueError, "query"),
+    ({"query": [[1, 0], [0, 1]]}, TypeError, "query"),
+    ({"length": 1}, ValueError, "length"), ({"length": 2.0}, TypeError, "length"),
+    ({"start": (25, 0)}, ValueError, "start"), ({"start": (0, -1)}, ValueError, "start"),
+    ({"start": (0,)}, ValueError, "start"),
+    ({"start": (0, 1.0)}, TypeError, "start"),
 ])
 def test_dial_refuses_what_it_cannot_draw(changes, error, words):
     good = dict(zip(("query", "key", "speeds"), DIAL), alt="x")
     rotary_dial(**good, start=(24, 24))
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         rotary_dial(**{**good, **changes})
 
 
@@ -739,27 +739,25 @@ def test_theatre_carries_the_tensors_and_is_small():
 
 
 @pytest.mark.parametrize("changes, error, words", [
-    ({"samples": []}, TypeError, "samples must be a mapping from names, got list"),
-    ({"samples": {}}, ValueError, "samples must have at least one name"),
-    ({"samples": {"x": ("ab", "c", [[1, 0]])}}, TypeError, r"samples\['x'\] must end in a tensor, got list"),
-    ({"samples": {"x": ("", "c", torch.ones(1, 1, 1, 0))}}, ValueError, "source tokens of 'x' must be in 1 .. 40, got 0"),
-    ({"samples": {"x": ("a" * 41, "c", torch.ones(1, 1, 1, 41))}}, ValueError, "source tokens of 'x' must be in 1 .. 40, got 41"),
-    ({"samples": {"x": ("a", "c" * 21, torch.ones(1, 1, 21, 1))}}, ValueError, "output tokens of 'x' must be in 1 .. 20, got 21"),
-    ({"samples": {"x": ("ab", "c", torch.ones(1, 1, 2))}}, ValueError, r"weights of 'x' must be \(L, H, 1, 2\), got \(1, 1, 2\)"),
-    ({"samples": {"x": ("ab", "c", torch.ones(1, 1, 2, 1))}}, ValueError, r"must be \(L, H, 1, 2\), got \(1, 1, 2, 1\)"),
-    ({"samples": {"x": ("a", "c", torch.full((1, 1, 1, 1), 1.1))}}, ValueError, "weights of 'x' must be from 0 to 1"),
-    ({"samples": {"x": ("a", "c", torch.full((1, 1, 1, 1), torch.nan))}}, ValueError, "weights of 'x' must be from 0 to 1"),
-    ({"samples": {"x": ("a", "c", torch.ones(1, 1, 1, 1)), "y": ("a", "c", torch.ones(1, 2, 1, 1))}}, ValueError,
-     r"the same L and H from 1 to 16, got \[\(1, 1\), \(1, 2\)\]"),
-    ({"samples": {"x": ("a", "c", torch.ones(1, 17, 1, 1))}}, ValueError, r"from 1 to 16, got \[\(1, 17\)\]"),
-    ({"samples": {i: ("a" * 40, "c" * 20, torch.zeros(16, 1, 20, 40)) for i in range(12)}}, ValueError,
-     "at most 150,000 weights, got 153,600"),
-    ({"start": (2, 0)}, ValueError, r"start\[0\] must be in 0 .. 1, got 2"), ({"start": (0, 4)}, ValueError, "in 0 .. 3, got 4"),
-    ({"start": (0,)}, ValueError, r"start must be a sample and an output, got \(0,\)"),
-    ({"start": (0, 1.0)}, TypeError, r"start\[1\] must be an int"),
+    ({"samples": []}, TypeError, "samples"),
+    ({"samples": {}}, ValueError, "samples"),
+    ({"samples": {"x": ("ab", "c", [[1, 0]])}}, TypeError, "samples"),
+    ({"samples": {"x": ("", "c", torch.ones(1, 1, 1, 0))}}, ValueError, "source tokens"),
+    ({"samples": {"x": ("a" * 41, "c", torch.ones(1, 1, 1, 41))}}, ValueError, "source tokens"),
+    ({"samples": {"x": ("a", "c" * 21, torch.ones(1, 1, 21, 1))}}, ValueError, "output tokens"),
+    ({"samples": {"x": ("ab", "c", torch.ones(1, 1, 2))}}, ValueError, "weights"),
+    ({"samples": {"x": ("ab", "c", torch.ones(1, 1, 2, 1))}}, ValueError, "weights"),
+    ({"samples": {"x": ("a", "c", torch.full((1, 1, 1, 1), 1.1))}}, ValueError, "weights"),
+    ({"samples": {"x": ("a", "c", torch.full((1, 1, 1, 1), torch.nan))}}, ValueError, "weights"),
+    ({"samples": {"x": ("a", "c", torch.ones(1, 1, 1, 1)), "y": ("a", "c", torch.ones(1, 2, 1, 1))}}, ValueError, "weights"),
+    ({"samples": {"x": ("a", "c", torch.ones(1, 17, 1, 1))}}, ValueError, "weights"),
+    ({"samples": {i: ("a" * 40, "c" * 20, torch.zeros(16, 1, 20, 40)) for i in range(12)}}, ValueError, "samples"),
+    ({"start": (2, 0)}, ValueError, "start"), ({"start": (0, 4)}, ValueError, "start"),
+    ({"start": (0,)}, ValueError, "start"),
+    ({"start": (0, 1.0)}, TypeError, "start"),
 ])
 def test_theatre_refuses_what_it_cannot_draw(changes, error, words):
     good = {"samples": STAGE, "alt": "x"}
     alignment_theatre(**good, start=(1, 5))
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         alignment_theatre(**{**good, **changes})

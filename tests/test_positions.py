@@ -112,10 +112,10 @@ def test_sinusoids_shift_by_a_matrix_and_know_distances():
 
 
 @pytest.mark.parametrize("args, error, words", [
-    ((-1, 4), ValueError, "length must be at least 0, got -1"), ((4, 0), ValueError, "d_model must be at least 1, got 0"),
-    ((4.0, 4), TypeError, "length must be an int, got 4.0"), ((4, True), TypeError, "d_model must be an int, got True")])
+    ((-1, 4), ValueError, "length"), ((4, 0), ValueError, "d_model"),
+    ((4.0, 4), TypeError, "length"), ((4, True), TypeError, "d_model")])
 def test_sinusoids_refuse(args, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         sinusoidal_positions(*args)
 
 
@@ -260,52 +260,52 @@ P = torch.arange(4)
 
 
 @pytest.mark.parametrize("args, error, words", [
-    ((P.float(), 8), TypeError, r"positions must be an integer tensor .T,. or .B, T., got torch.float32"),
-    ((P.bool(), 8), TypeError, "positions must be an integer tensor .* got torch.bool"),
-    (([0, 1], 8), TypeError, "positions must be an integer tensor .* got list"), (((None,), 8), TypeError, "got tuple"),
-    ((P[0], 8), ValueError, r"positions must be .* got shape \(\)"),
-    ((P.view(1, 2, 2), 8), ValueError, r"positions must be .* got shape \(1, 2, 2\)"),
-    ((P, 7), ValueError, "head_dim must be even after partial_rotary_factor, got head_dim=7, factor 1.0"),
-    ((P, 0), ValueError, "head_dim must be at least 2, got 0"), ((P, 8.0), TypeError, "head_dim must be an int, got 8.0"),
-    ((P, 8, 1.0), ValueError, "theta must be finite and above 1, got 1.0"),
-    ((P, 8, math.inf), ValueError, "theta must be finite"), ((P, 8, math.nan), ValueError, "theta must be finite"),
-    ((P, 8, "x"), TypeError, "theta must be a number, got 'x'"), ((P, 8, True), TypeError, "theta must be a number, got True"),
-    ((P, 8, 2e4, {"rope_theta": 5e5}), ValueError, "theta and scaling.'rope_theta'. must agree, got 20000.0 and 500000.0"),
-    ((P, 8, 1e4, {"rope_theta": 0.5}), ValueError, "scaling.'rope_theta'. must be finite and above 1, got 0.5"),
-    ((P, 8, 1e4, "linear"), TypeError, "scaling must be a dict or None, got str"),
-    ((P, 8, 1e4, {"type": "longrope"}), ValueError, "one type of default, linear, dynamic, llama3, yarn, got 'longrope'"),
-    ((P, 8, 1e4, {"type": "linear", "rope_type": "yarn", "factor": 2.0}), ValueError, "got 'yarn' and 'linear'"),
-    ((P, 8, 1e4, {"type": ["linear"]}), ValueError, "one type of"),
-    ((P, 8, 1e4, {"type": 3, "rope_type": "yarn"}), ValueError, "one type of"),
-    ((P, 8, 1e4, {"factor": 2.0}), ValueError, "of type 'default' has unknown factor"),
-    ((P, 8, 1e4, {"type": "linear"}), ValueError, "of type 'linear' lacks factor; it must have factor, got .."),
-    ((P, 8, 1e4, {"type": "linear", "factor": None}), ValueError, "lacks factor"),
-    ((P, 8, 1e4, {**LINEAR, "beta_fast": 3}), ValueError, "unknown beta_fast"),
-    ((P, 8, 1e4, {**LINEAR, "factor": 0.9}), ValueError, "scaling.'factor'. must be finite and at least 1, got 0.9"),
-    ((P, 8, 1e4, {**LINEAR, "factor": math.inf}), ValueError, "must be finite and at least 1, got inf"),
-    ((P, 8, 1e4, {**LINEAR, "factor": math.nan}), ValueError, "must be finite and at least 1, got nan"),
-    ((P, 8, 1e4, {**LINEAR, "factor": "2"}), TypeError, "scaling.'factor'. must be a number, got '2'"),
-    ((P, 8, 1e4, {**LLAMA3, "low_freq_factor": 4.0}), ValueError, "'low_freq_factor'. must be below .*, got 4.0, 4.0"),
-    ((P, 8, 1e4, {**LLAMA3, "low_freq_factor": 0.0}), ValueError, "must be finite and above 0, got 0.0"),
-    ((P, 8, 1e4, {"type": "llama3", "factor": 2.0}), ValueError, "lacks low_freq_factor, high_freq_factor, original"),
-    ((P, 8, 1e4, {"type": "yarn", "factor": 2.0}), ValueError, f"of type 'yarn' lacks {OLD}"),
-    ((P, 8, 1e4, {"type": "dynamic", "factor": 2.0}), ValueError, f"of type 'dynamic' lacks {OLD}"),
-    ((P, 2, 1e4, {**DYNAMIC, "rope_type": fresh("dynamic")}), ValueError, "head_dim must be at least 4 for dynamic scaling"),
-    ((P, 8, 1e4, {**YARN, "beta_slow": 33}), ValueError, "'beta_slow'. must be below .*, got 33, 32"),
-    ((P, 8, 1e4, {**YARN, "beta_fast": 0.5}), ValueError, "'beta_slow'. must be below .*, got 1, 0.5"),
-    ((P, 8, 1e4, {**LINEAR, "factor": 2 ** 63 + 1}), ValueError, "scaling.'factor'. must fit in 64 bits"),
-    ((P, 8, 1e4, {**YARN, "truncate": 1}), TypeError, "scaling.'truncate'. must be True or False, got 1"),
-    ((P, 8, 1e4, {**YARN, "mscale": -1.0}), ValueError, "'mscale'. must be finite and at least 0, got -1.0"),
-    ((P, 8, 1e4, {**YARN, "attention_factor": 0}), ValueError, "'attention_factor'. must be finite and above 0, got 0"),
-    ((P, 8, 1e4, {**YARN, OLD: -3}), ValueError, "must be finite and above 0, got -3"),
-    ((P, 8, 1e4, {"partial_rotary_factor": 0.0}), ValueError, "'partial_rotary_factor'. must be finite and above 0"),
-    ((P, 8, 1e4, {"partial_rotary_factor": 2.0}), ValueError, "head_dim=8, factor 2.0"),
-    ((P, 8, 1e4, {"partial_rotary_factor": 0.4}), ValueError, "head_dim=8, factor 0.4"),
-    ((P, 8, 1e4, {"full_attention": {"rope_type": "default"}}), ValueError, "unknown full_attention"),
-    ((P.to("meta"), 8, 1e4, DYNAMIC), ValueError, "positions must have values for dynamic scaling"),
+    ((P.float(), 8), TypeError, "positions"),
+    ((P.bool(), 8), TypeError, "positions"),
+    (([0, 1], 8), TypeError, "positions"), (((None,), 8), TypeError, "positions"),
+    ((P[0], 8), ValueError, "positions"),
+    ((P.view(1, 2, 2), 8), ValueError, "positions"),
+    ((P, 7), ValueError, "head_dim"),
+    ((P, 0), ValueError, "head_dim"), ((P, 8.0), TypeError, "head_dim"),
+    ((P, 8, 1.0), ValueError, "theta"),
+    ((P, 8, math.inf), ValueError, "theta"), ((P, 8, math.nan), ValueError, "theta"),
+    ((P, 8, "x"), TypeError, "theta"), ((P, 8, True), TypeError, "theta"),
+    ((P, 8, 2e4, {"rope_theta": 5e5}), ValueError, "rope_theta"),
+    ((P, 8, 1e4, {"rope_theta": 0.5}), ValueError, "rope_theta"),
+    ((P, 8, 1e4, "linear"), TypeError, "scaling"),
+    ((P, 8, 1e4, {"type": "longrope"}), ValueError, "scaling"),
+    ((P, 8, 1e4, {"type": "linear", "rope_type": "yarn", "factor": 2.0}), ValueError, r"scaling\b.*'yarn'.*'linear"),
+    ((P, 8, 1e4, {"type": ["linear"]}), ValueError, "scaling"),
+    ((P, 8, 1e4, {"type": 3, "rope_type": "yarn"}), ValueError, r"scaling\b.*'yarn'.*\b3"),
+    ((P, 8, 1e4, {"factor": 2.0}), ValueError, "factor"),
+    ((P, 8, 1e4, {"type": "linear"}), ValueError, "factor"),
+    ((P, 8, 1e4, {"type": "linear", "factor": None}), ValueError, "factor"),
+    ((P, 8, 1e4, {**LINEAR, "beta_fast": 3}), ValueError, "beta_fast"),
+    ((P, 8, 1e4, {**LINEAR, "factor": 0.9}), ValueError, "factor"),
+    ((P, 8, 1e4, {**LINEAR, "factor": math.inf}), ValueError, "factor"),
+    ((P, 8, 1e4, {**LINEAR, "factor": math.nan}), ValueError, "factor"),
+    ((P, 8, 1e4, {**LINEAR, "factor": "2"}), TypeError, "factor"),
+    ((P, 8, 1e4, {**LLAMA3, "low_freq_factor": 4.0}), ValueError, "low_freq_factor"),
+    ((P, 8, 1e4, {**LLAMA3, "low_freq_factor": 0.0}), ValueError, "low_freq_factor"),
+    ((P, 8, 1e4, {"type": "llama3", "factor": 2.0}), ValueError, "low_freq_factor"),
+    ((P, 8, 1e4, {"type": "yarn", "factor": 2.0}), ValueError, OLD),
+    ((P, 8, 1e4, {"type": "dynamic", "factor": 2.0}), ValueError, OLD),
+    ((P, 2, 1e4, {**DYNAMIC, "rope_type": fresh("dynamic")}), ValueError, "head_dim"),
+    ((P, 8, 1e4, {**YARN, "beta_slow": 33}), ValueError, "beta_slow"),
+    ((P, 8, 1e4, {**YARN, "beta_fast": 0.5}), ValueError, "beta_fast"),
+    ((P, 8, 1e4, {**LINEAR, "factor": 2 ** 63 + 1}), ValueError, "factor"),
+    ((P, 8, 1e4, {**YARN, "truncate": 1}), TypeError, "truncate"),
+    ((P, 8, 1e4, {**YARN, "mscale": -1.0}), ValueError, "mscale"),
+    ((P, 8, 1e4, {**YARN, "attention_factor": 0}), ValueError, "attention_factor"),
+    ((P, 8, 1e4, {**YARN, OLD: -3}), ValueError, OLD),
+    ((P, 8, 1e4, {"partial_rotary_factor": 0.0}), ValueError, "partial_rotary_factor"),
+    ((P, 8, 1e4, {"partial_rotary_factor": 2.0}), ValueError, "partial_rotary_factor"),
+    ((P, 8, 1e4, {"partial_rotary_factor": 0.4}), ValueError, "partial_rotary_factor"),
+    ((P, 8, 1e4, {"full_attention": {"rope_type": "default"}}), ValueError, "full_attention"),
+    ((P.to("meta"), 8, 1e4, DYNAMIC), ValueError, "positions"),
 ])
 def test_tables_refuse(args, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         rope_cos_sin(*args)
 
 
@@ -332,7 +332,7 @@ def test_tables_compile_and_export(scaling):
     meta = rope_cos_sin(positions.to("meta"), 32, scaling=scaling)
     assert all(t.is_meta and t.shape == (2, 20, 16) for t in meta)
     dynamic = {**DYNAMIC, OLD: 8}
-    with pytest.raises(Exception, match="for dynamic scaling"):
+    with pytest.raises(Exception, match=r"\bpositions\b.*\bdynamic\b"):
         torch.compile(Tables(dynamic), fullgraph=True)(positions)
 
 
@@ -482,26 +482,26 @@ X = torch.randn(2, 3, 5, 8)
 
 
 @pytest.mark.parametrize("args, options, error, words", [
-    (([1.0], COS, SIN), {}, TypeError, "x must be a float tensor, got list"),
-    ((X.long(), COS, SIN), {}, TypeError, "x must be a float tensor, got torch.int64"),
-    ((X, None, SIN), {}, TypeError, "cos must be a float tensor, got NoneType"),
-    ((X, COS, SIN.long()), {}, TypeError, "sin must be a float tensor, got torch.int64"),
-    ((X, COS.to("meta"), SIN), {}, TypeError, "cos must be on the device of x, cpu, got meta"),
-    ((X[0, 0], COS, SIN), {}, ValueError, r"x must be .\.\.\., H, T, Dh., got shape .5, 8."),
-    ((X, COS[:, :4], SIN[:, :4]), {}, ValueError, r"B=2, T=5 and half at most Dh / 2 = 4, got \(1, 4, 4\), \(1, 4, 4\)"),
-    ((X, COS, SIN[:, :4]), {}, ValueError, r"got \(1, 5, 4\), \(1, 4, 4\)"),
-    ((X, COS[..., :3], SIN), {}, ValueError, r"got \(1, 5, 3\), \(1, 5, 4\)"),
-    ((X, COS[0], SIN[0]), {}, ValueError, r"got \(5, 4\), \(5, 4\)"),
-    ((X, COS.expand(3, 5, 4), SIN.expand(3, 5, 4)), {}, ValueError, r"B=2.*got \(3, 5, 4\)"),
-    ((X[0], COS.expand(3, 5, 4), SIN.expand(3, 5, 4)), {}, ValueError, r"B=1.*got \(3, 5, 4\)"),
-    ((X[..., :7], COS, SIN), {}, ValueError, "half at most Dh / 2 = 3"),
-    ((X, COS[..., :0], SIN[..., :0]), {}, ValueError, r"got \(1, 5, 0\)"),
-    ((X, COS, SIN), {"rotary_dim": 4}, ValueError, "rotary_dim must be 2 . half = 8, got 4"),
-    ((X, COS, SIN), {"rotary_dim": 8.0}, TypeError, "rotary_dim must be an int, got 8.0"),
-    ((X, COS, SIN), {"interleaved": 1}, TypeError, "interleaved must be True or False, got 1"),
+    (([1.0], COS, SIN), {}, TypeError, "x"),
+    ((X.long(), COS, SIN), {}, TypeError, "x"),
+    ((X, None, SIN), {}, TypeError, "cos"),
+    ((X, COS, SIN.long()), {}, TypeError, "sin"),
+    ((X, COS.to("meta"), SIN), {}, TypeError, "cos"),
+    ((X[0, 0], COS, SIN), {}, ValueError, "x"),
+    ((X, COS[:, :4], SIN[:, :4]), {}, ValueError, "cos"),
+    ((X, COS, SIN[:, :4]), {}, ValueError, "sin"),
+    ((X, COS[..., :3], SIN), {}, ValueError, "cos"),
+    ((X, COS[0], SIN[0]), {}, ValueError, "cos"),
+    ((X, COS.expand(3, 5, 4), SIN.expand(3, 5, 4)), {}, ValueError, "cos"),
+    ((X[0], COS.expand(3, 5, 4), SIN.expand(3, 5, 4)), {}, ValueError, "cos"),
+    ((X[..., :7], COS, SIN), {}, ValueError, "cos"),
+    ((X, COS[..., :0], SIN[..., :0]), {}, ValueError, "cos"),
+    ((X, COS, SIN), {"rotary_dim": 4}, ValueError, "rotary_dim"),
+    ((X, COS, SIN), {"rotary_dim": 8.0}, TypeError, "rotary_dim"),
+    ((X, COS, SIN), {"interleaved": 1}, TypeError, "interleaved"),
 ])
 def test_turning_refuses(args, options, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         apply_rotary(*args, **options)
 
 
@@ -567,18 +567,18 @@ def test_converted_weights_give_the_same_scores(rotary_dim):
 
 
 @pytest.mark.parametrize("args, options, error, words", [
-    (([1], 1), {"to": "half_split"}, TypeError, "weight must be a tensor, got list"),
-    ((torch.zeros(8, 2), 3), {"to": "half_split"}, ValueError, r"num_heads=3 and shape \(8, 2\)"),
-    ((torch.zeros(()), 1), {"to": "half_split"}, ValueError, "num_heads must divide the rows of weight"),
-    ((torch.zeros(0, 3), 1), {"to": "half_split"}, ValueError, "num_heads must divide the rows of weight"),
-    ((torch.zeros(8, 2), 0), {"to": "half_split"}, ValueError, "num_heads must be at least 1, got 0"),
-    ((torch.zeros(8, 2), 2), {"to": "meta"}, ValueError, 'to must be "half_split" or "interleaved", got \'meta\''),
-    ((torch.zeros(6, 2), 2), {"to": "half_split"}, ValueError, "rotary_dim must be even and at most head_dim=3, got 3"),
-    ((torch.zeros(8, 2), 2), {"to": "half_split", "rotary_dim": 6}, ValueError, "at most head_dim=4, got 6"),
-    ((torch.zeros(8, 2), 2), {"to": "half_split", "rotary_dim": 2.0}, TypeError, "rotary_dim must be an int, got 2.0"),
+    (([1], 1), {"to": "half_split"}, TypeError, "weight"),
+    ((torch.zeros(8, 2), 3), {"to": "half_split"}, ValueError, "num_heads"),
+    ((torch.zeros(()), 1), {"to": "half_split"}, ValueError, "num_heads"),
+    ((torch.zeros(0, 3), 1), {"to": "half_split"}, ValueError, "num_heads"),
+    ((torch.zeros(8, 2), 0), {"to": "half_split"}, ValueError, "num_heads"),
+    ((torch.zeros(8, 2), 2), {"to": "meta"}, ValueError, r"to\b.*'meta"),
+    ((torch.zeros(6, 2), 2), {"to": "half_split"}, ValueError, "rotary_dim"),
+    ((torch.zeros(8, 2), 2), {"to": "half_split", "rotary_dim": 6}, ValueError, "rotary_dim"),
+    ((torch.zeros(8, 2), 2), {"to": "half_split", "rotary_dim": 2.0}, TypeError, "rotary_dim"),
 ])
 def test_conversion_refuses(args, options, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"\b{words}\b"):
         convert_rotary_layout(*args, **options)
 
 
