@@ -2,7 +2,10 @@
 SHELL := /bin/bash
 .NOTPARALLEL:
 PY ?= python3
+STAGE := @tools/stage.sh
 V := .venv
+F := .venv-floor
+FLOOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,modules single_head causal multi_head grouped_query kv_cache positions language_model))
 export PATH := $(CURDIR)/$(V)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/nbs/_ext
 unexport MPLBACKEND
@@ -12,13 +15,15 @@ ifdef owner
 else
 .DEFAULT_GOAL := help
 endif
-.PHONY: help book html test bench outputs mutate lock owner clean
+.PHONY: help book html test floor plant bench outputs mutate lock owner clean
 
 help:
 	@echo "make book        the book, in _build/html"
 	@echo "make test        every check: export in sync, notebooks run, pytest"
 	@echo "make bench       time the layers beside PyTorch's and Hugging Face's; ARGS=--help says what else (minutes)"
 	@echo "make outputs     run the notebooks in place, keep their outputs, clean them (before a commit)"
+	@echo "make floor       the quick tests and four chapters with the oldest torch, numpy and matplotlib that are allowed"
+	@echo "make plant       plant every named bug again: who notices? (after large changes; minutes)"
 	@echo "make mutate      plant generated bugs in the package, count those the tests kill (slow)"
 	@echo "make owner=NAME  set the repository's owner in every file that names it"
 	@echo "make clean       remove what was built (for a new environment, remove .venv too)"
@@ -28,8 +33,8 @@ $(V)/.ready: pyproject.toml constraints.txt
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "attn_nb needs Python >= 3.11; try make PY=python3.12"; exit 1; }
 	@$(V)/bin/python -m pip --version >/dev/null 2>&1 || { echo "creating $(V)"; $(PY) -m venv --clear $(V); }
 	@echo "installing the pinned packages into $(V) (a few minutes the first time)"
-	$(V)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt "$$(grep ^torch== constraints.txt)"
-	$(V)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(STAGE) "install" $(V)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt "$$(grep ^torch== constraints.txt)"
+	$(STAGE) "install" $(V)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
 book: $(V)/.ready
@@ -38,16 +43,31 @@ book: $(V)/.ready
 	@echo; echo "The book is ready. Open: $(CURDIR)/_build/html/index.html"
 
 html: $(V)/.ready
-	python tools/warm_cache.py
-	@rm -rf _build/.doctrees
-	jupyter-book build . -W -n --keep-going --all -q
+	$(STAGE) "notebooks" python tools/warm_cache.py
+	$(STAGE) "pages" python tools/build_pages.py
 
+# Each notebook runs once: the run that the pages show is its test. One notebook alone: nbdev_test --path nbs/01_single_head.ipynb
 test: $(V)/.ready
-	python tools/check_export.py
-	ruff check -q
-	OMP_NUM_THREADS=1 nbdev_test --timing     # notebooks run side by side, one thread each
+	$(STAGE) "export" python tools/check_export.py
+	$(STAGE) "lint" ruff check -q
 	@$(MAKE) --no-print-directory html
-	python -m pytest
+	$(STAGE) "tests, side by side" env OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile -m "not (alone or browser or planted)"
+	$(STAGE) "tests, one by one" python -m pytest -m "alone or browser"
+	$(STAGE) "planted bugs" python -m pytest -m planted
+
+# The oldest versions that pyproject.toml allows. Their torch for Linux comes with libraries for GPUs: 7 GB in all.
+$(F)/.ready: constraints-floor.txt
+	@$(PY) -m venv --clear $(F)
+	$(STAGE) "install, oldest versions" $(F)/bin/python -m pip install -q --disable-pip-version-check -r constraints-floor.txt
+	@touch $@
+
+floor: $(F)/.ready
+	$(STAGE) "tests, oldest versions" env OMP_NUM_THREADS=1 $(F)/bin/python -m pytest -n auto -m "not slow" $(FLOOR_TESTS)
+	$(STAGE) "tests, oldest versions" $(F)/bin/python -m pytest -k program tests/test_kv_cache.py tests/test_language_model.py
+	$(STAGE) "tests, oldest versions" $(F)/bin/python tests/run_chapter.py single_head multi_head kv_cache language_model
+
+plant: $(V)/.ready
+	python tests/planted.py --all
 
 bench: $(V)/.ready
 	@python -m benchmarks $(ARGS)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import build_pages
 import check_export
 import mutate
 import nbformat
@@ -136,6 +137,38 @@ def test_a_failing_notebook_is_named(tmp_path, monkeypatch):
         nb.cells[0].source = broken
         nbformat.write(nb, path / "01_bad.ipynb")
         assert "nbs/01_bad.ipynb  FAILED" in run().stdout
+
+
+def test_pages_are_built_once(tree, monkeypatch):
+    """Nothing is built if nothing changed; a build with a fault is not remembered."""
+    monkeypatch.chdir(tree)
+    runs, code = [], 0
+
+    def run(command):
+        runs.append(command)
+        (tree / "_build/html").mkdir(parents=True, exist_ok=True)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(build_pages.subprocess, "run", run)
+    assert [build_pages.main() for _ in range(2)] == [0, 0] and len(runs) == 1
+    for name in ("README.md", "nbs/01_single_head.ipynb", "attn_nb/causal.py", "nbs/_generated/mutation.md", "_toc.yml",
+                 "nbs/_ext/nbdev_book.py"):
+        (tree / name).write_text((tree / name).read_text() + "\n")
+        before, code = len(runs), 1
+        assert build_pages.main() == build_pages.main() == 1 and len(runs) == before + 2, name
+        code = 0
+        assert build_pages.main() == build_pages.main() == 0 and len(runs) == before + 3, name
+
+
+def test_stages_are_noted(tmp_path):
+    """Also of a command that fails, and its exit code comes through."""
+    def stage(*words):
+        return subprocess.run([ROOT / "tools/stage.sh", *words], cwd=tmp_path, capture_output=True, text=True)
+
+    assert stage("a stage", "sh", "-c", "exit 3").returncode == 3
+    assert stage("another", "echo", "two words").stdout == "two words\n"
+    lines = [line.rsplit(maxsplit=1) for line in stage().stdout.splitlines()[2:]]
+    assert [name.strip() for name, _ in lines] == ["a stage", "another", "all"] and all(n.isdigit() for _, n in lines)
 
 
 def test_a_mutation_run_of_one_module_keeps_the_others():
