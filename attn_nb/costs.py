@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.benchmark import Timer
 
 from .causal import _check_length
 
@@ -202,6 +201,8 @@ def machine_limits(dtype: torch.dtype = torch.float32,
 
 def _fastest(fn: Callable[..., Tensor], *inputs: Tensor) -> float:
     """Seconds of the fastest block of runs; waits for a GPU."""
+    from torch.utils.benchmark import Timer      # loads setuptools: late
+
     timer = Timer("fn(*inputs)", globals={"fn": fn, "inputs": inputs},
                   num_threads=torch.get_num_threads())
     where = inputs[0].device

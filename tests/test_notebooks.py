@@ -3,6 +3,7 @@ import ast
 import importlib
 import inspect
 import re
+import sys
 import typing
 from pathlib import Path
 
@@ -43,6 +44,25 @@ def docstring_lines(body):
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
+# what comes with attn_nb, or with the program that opens the notebook
+WITH_US = {"attn_nb", "torch", "numpy", "matplotlib", "IPython", "matplotlib_inline"}
+GUARD = '''#| hide
+from importlib.util import find_spec
+
+needs = {                      # name in Python -> name for pip
+missing = " ".join(p for n, p in needs.items() if find_spec(n) is None)
+if missing:                    # Colab, Kaggle
+    %pip install -q {missing}'''.splitlines()
+
+
+def outside(source):
+    """Modules outside the standard library that a cell imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(
+            node, ast.ImportFrom) and not node.level else []
+        yield from (n for n in names if n.split(".")[0] not in sys.stdlib_module_names)
+
+
 def test_names():
     assert NOTEBOOKS and all(re.fullmatch(r"\d\d_[a-z_]+", p.stem) for p in NOTEBOOKS)
     assert {p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")} == {
@@ -58,13 +78,15 @@ def test_opening(path):
     assert badge.endswith(f"/blob/main/nbs/{path.name})"), "the Colab badge opens this notebook"
     code = cells(path)
     assert code[0].source == f"#| default_exp {path.stem[3:]}"
-    install = re.sub("OWNER|github.com/[^/]+", "", code[1].source)
-    install = install.replace("attn_nb[hf]", "attn_nb")              # a chapter may need an extra, and Babel
-    install = re.sub(r'"\n    %pip install -q (babel )?tqdm', '" tqdm', install)
-    reference = re.sub("OWNER|github.com/[^/]+", "", cells(NOTEBOOKS[0])[1].source)
-    assert install == reference and "%pip install -q" in install, "the same guarded install cell everywhere"
+    lines = re.sub(r"(git\+https://)github.com/[^/]+/", r"\1", code[1].source).splitlines()
+    needs = ast.literal_eval(re.search(r"needs = .*?(\{.*?\})", re.sub("# .*", "", "\n".join(lines)), re.S)[1])
+    assert needs["attn_nb"] == "'attn_nb @ git+https://attn_nb@main'"
+    assert lines[:4] == GUARD[:4] and lines[3 + len(needs) + 1:] == GUARD[4:], "the same guarded install cell everywhere"
+    used = {m.split(".")[0] for c in code if "%pip" not in c.source for m in outside(c.source)}
+    assert needs.keys() == {"attn_nb"} | used - WITH_US, "the guard looks for everything that the page imports"
     assert sum("%pip" in c.source or "!pip" in c.source for c in code) == 1
     assert not any("torch==" in c.source or "import nbdev" in c.source for c in code)
+    assert not any(re.search(r"tqdm\.(auto|notebook)", c.source) for c in code), "plain tqdm: no widget in Colab"
 
 
 @each
