@@ -51,8 +51,8 @@ test: $(V)/.ready
 	$(STAGE) "export" python tools/check_export.py
 	$(STAGE) "lint" ruff check -q
 	@$(MAKE) --no-print-directory html
-	$(STAGE) "tests, side by side" env OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile -m "not (alone or browser or planted)"
-	$(STAGE) "tests, one by one" python -m pytest -m "alone or browser"
+	$(STAGE) "tests, side by side" env OMP_NUM_THREADS=1 python -m pytest -n auto --dist worksteal -m "not (browser or planted)"
+	$(STAGE) "tests, browser" env OMP_NUM_THREADS=1 python -m pytest -n auto --dist worksteal -m browser
 	$(STAGE) "planted bugs" python -m pytest -m planted
 
 # The oldest versions that pyproject.toml allows. Their torch for Linux comes with libraries for GPUs: 7 GB in all.
@@ -62,9 +62,8 @@ $(F)/.ready: constraints-floor.txt
 	@touch $@
 
 floor: $(F)/.ready
-	$(STAGE) "tests, oldest versions" env OMP_NUM_THREADS=1 $(F)/bin/python -m pytest -n auto -m "not slow" $(FLOOR_TESTS)
-	$(STAGE) "tests, oldest versions" $(F)/bin/python -m pytest -k program tests/test_kv_cache.py tests/test_language_model.py
-	$(STAGE) "tests, oldest versions" $(F)/bin/python tests/run_chapter.py single_head multi_head kv_cache language_model
+	$(STAGE) "tests, oldest versions" env OMP_NUM_THREADS=1 $(F)/bin/python -m pytest -n auto --dist worksteal -m "not slow or floor" $(FLOOR_TESTS)
+	$(STAGE) "chapters, oldest versions" env OMP_NUM_THREADS=1 $(F)/bin/python tests/run_chapter.py language_model single_head multi_head kv_cache
 
 plant: $(V)/.ready
 	python tests/planted.py --all

@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "nbs/_ext"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "nbs/_ext"), str(ROOT / "tests")]
 
 import source as code  # noqa: E402
 from nbdev_book import imported, split  # noqa: E402
@@ -148,15 +148,19 @@ def test_state(test):
 
 
 @cache
+def cell_parts(text):
+    """Of one cell: a digest of its tokens, the words in it, the modules that it imports."""
+    return digest(*(t.text for t in code.tokens(text))), code.words(ast.parse(text)), imported(text)
+
+
+@cache
 def cell_state(module, cell):
     """The cells from the first to the one that notices, and what they use of the package."""
     cells = code_cells(module)
     here = [n for n, (name, *_) in enumerate(cells) if name == cell]
-    used = [text for _, text, _ in cells[:here[0] + 1]] if here else []
-    trees = [ast.parse(text) for text in used]
-    modules = [module, *set().union(*(imported(text) for text in used))]
-    names = frozenset().union(*map(code.words, trees))
-    return digest(*(t.text for text in used for t in code.tokens(text)), code.closure(names, family(*sorted(modules))))
+    used = [cell_parts(text) for _, text, _ in cells[:here[0] + 1]] if here else []
+    words, modules = (frozenset().union(*(part[k] for part in used)) for k in (1, 2))
+    return digest(*(part[0] for part in used), code.closure(words, family(*sorted({module} | modules))))
 
 
 def keys(bug, cell, test):

@@ -1048,6 +1048,7 @@ def write_texts(step, layer, kind, prompts, guard):
 @pytest.mark.parametrize("kind", ["plain", pytest.param("mask", marks=pytest.mark.slow),
                                   pytest.param("rope", marks=pytest.mark.slow),
                                   pytest.param("mask and rope", marks=pytest.mark.slow)])
+@pytest.mark.floor
 def test_one_program_for_prompts_and_one_for_tokens(kind, guard):
     """Whatever the lengths of prompts and texts."""
     layer, counting = make_layer(dtype=torch.float32), Counting()
@@ -1058,6 +1059,7 @@ def test_one_program_for_prompts_and_one_for_tokens(kind, guard):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "mask", "rope", "mask and rope"])
+@pytest.mark.floor
 def test_default_settings_write_with_one_program(kind):
     """PyTorch then makes a program for the first prompt's length, and one for all when it meets a second."""
     layer, counting = make_layer(dtype=torch.float32), Counting()
