@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT / "nbs/_ext")]
@@ -48,6 +49,12 @@ def pytest_sessionfinish(session, exitstatus):
     if os.environ.get("CI") and skipped and exitstatus == 0:
         print(f"\nCI: {len(skipped)} skipped tests count as failures")
         session.exitstatus = 1
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Each test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_nb.testing import assert_parity
 
+HALVES = [torch.bfloat16, torch.float16]
+
 
 def multihead_of(layer, dropout=0.0):
     """nn.MultiheadAttention in float64, one head, with the matrices and biases of `layer` and the identity after them."""

@@ -38,7 +38,7 @@ from nbdev_book import imported, split  # noqa: E402
 
 BUGS_AT, LEDGER = ROOT / "tests/bugs", ROOT / "tests/bugs/ledger.json"
 REPORT = ROOT / "nbs/_generated/planted_bugs.md"
-HELPERS = [ROOT / f"tests/{name}.py" for name in ("conftest", "peers")]
+HELPERS = [ROOT / name for name in ("tests/conftest.py", "tests/peers.py", "tests/shape_comments.py", "attn_nb/testing.py")]
 MUTANT = None  # (module, source) that conftest imports instead of the file's
 TIMEOUT = 300  # seconds for one bug
 
@@ -126,20 +126,21 @@ def family(*modules):
 @cache
 def state(module):
     """Digest of a module and of those that it imports; layout, comments and docstrings do not count."""
-    return digest(*(ast.dump(n) for text in family(module) for nodes in code.parts(text).values() for n in nodes))
+    return digest((ROOT / "constraints.txt").read_text(), *(ast.dump(code.undocumented(text)) for text in family(module)))
 
 
 def meaning(bug):
     """The bug, and everything in the package that the changed function calls."""
-    texts = [" ".join(t.text for t in code.tokens(part)) for part in (bug.where, bug.old, bug.new)]
-    return digest(*texts, code.closure(frozenset({bug.where.split(".")[0]}), family(bug.module)))
+    top, (_, cell, _) = bug.where.split(".")[0], code_cells(bug.module)[bug.cell]
+    changed = "\n".join(map(ast.dump, code.parts(bug.plant(cell))[top]))
+    return digest(bug.where, changed, code.closure(frozenset({top}), family(bug.module)))
 
 
 @cache
 def test_state(test):
     """A test, the helpers and fixtures that it uses, and what the file does on import."""
     file, _, name = test.partition("::")
-    if not (ROOT / file).is_file():
+    if not (ROOT / file).is_file() or re.match(r"\w*", name)[0] not in code.parts((ROOT / file).read_text()):
         return ""
     texts = tuple(p.read_text() for p in (ROOT / file, *HELPERS))
     always = re.findall(r"autouse=True\)\ndef (\w+)", "".join(texts))
@@ -149,8 +150,9 @@ def test_state(test):
 
 @cache
 def cell_parts(text):
-    """Of one cell: a digest of its tokens, the words in it, the modules that it imports."""
-    return digest(*(t.text for t in code.tokens(text))), code.words(ast.parse(text)), imported(text)
+    """Of one cell: a digest of what it does, the words in it, the modules that it imports."""
+    tree = ast.parse(text)
+    return digest(ast.dump(tree)), code.words(tree), imported(text)
 
 
 @cache
@@ -186,15 +188,16 @@ def stale(book, bugs=None):
     for bug in BUGS if bugs is None else bugs:
         cell, cell_key, test, test_key = book["kills"].get(bug.name, ["", "", "", ""])
         want_cell, want_test = keys(bug, cell, test)
-        by_cell += [bug] if not cell or cell_key != want_cell else []
-        by_test += [bug] if not test or test_key != want_test else []
+        later = [name for name, *_ in code_cells(bug.module)[bug.cell + 1:]]
+        by_cell += [bug] if cell not in later or cell_key != want_cell else []
+        by_test += [bug] if not test_state(test) or test_key != want_test else []
     return by_cell, by_test
 
 
 def turn():
-    """Whose turn it is, 0 to 9: commits are counted."""
-    done = subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return int(done.stdout or 0) % 10
+    """Whose turn it is, 0 to 9: drawn anew by every commit."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return int(done.stdout.strip() or "0", 16) % 10
 
 
 def due(book, turn):
@@ -268,8 +271,14 @@ def killers(bugs, book):
     torch.set_num_threads(1)
     rows = book["kills"]
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda b: killer(b, rows.get(b.name, ["", "", "", ""])[2]), bugs)
-        return {bug.name: name for bug, name in zip(bugs, found)}
+        names = pool.map(lambda b: killer(b, rows.get(b.name, ["", "", "", ""])[2]), bugs)
+        found = {bug.name: name for bug, name in zip(bugs, names)}
+    tests = sorted({*found.values()} - {""})
+    module, text = next(iter(package().items()))
+    status, said = run_tests(module, text, tests) if tests else (0, "")
+    if status:
+        raise RuntimeError(f"these tests fail without a bug, so they prove nothing:\n{said[-2000:]}")
+    return found
 
 
 def found_by(kind, bugs):

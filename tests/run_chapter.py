@@ -53,7 +53,8 @@ def values_after(module, ids):
 def killed_in(module, bugs):
     """Name of each bug of one chapter -> id of the cell that fails when it is planted, or "".
 
-    The chapter runs once. At a cell that holds bugs it forks: each child runs on with one bug until a cell notices."""
+    The chapter runs once, without a bug, up to the last cell that noticed one. At a cell that holds bugs it forks: each child
+    runs on with one bug until a cell notices."""
     torch.set_num_threads(1)
     cells = [(name, source) for name, source, _ in planted.code_cells(module)]
     killed, namespace, last = {}, fresh(), 0
@@ -61,7 +62,7 @@ def killed_in(module, bugs):
         for bug in (b for b in bugs if b.cell == n):
             broken = [(name, bug.plant(source)), *cells[n + 1:]]
             status, said = planted.in_fork(lambda: sys.stdout.write(run(broken, namespace) or "") and 0)  # noqa: B023
-            killed[bug.name] = said if status == 0 else ""
+            killed[bug.name] = said if status == 0 and said in dict(cells) else ""
             last = max([last] + [k for k, (found, _) in enumerate(cells) if found == said])
         if len(killed) == len(bugs) and n > last:
             break

@@ -1,7 +1,7 @@
 """Python source as tokens and as definitions: what planted bugs and the ledger of kills are made of.
 
-Two pieces of code are the same here if their tokens are: white space, line breaks, comments, kinds of quotes and a comma
-before a closing bracket make no difference.
+Two pieces of code are the same here if their tokens are: white space, line breaks, comments, kinds of quotes (f-strings
+excepted) and a comma before a closing bracket make no difference.
 """
 import ast
 import re
@@ -13,7 +13,7 @@ TOKEN = re.compile(r"""
   | (?P<space>(?:[^\S\n]|\\\n)+)
   | (?P<comment>\#[^\n]*)
   | (?P<string>[rbfu]{0,2}(?:\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'))
-  | (?P<number>(?:\d[\w]*\.?\d*|\.\d+)(?:(?<=[eE])[+-]\d+)?)
+  | (?P<number>0[xbo]\w+|(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:e[+-]?\d+)?j?)
   | (?P<word>\w+)
   | (?P<operator>\*\*=|//=|>>=|<<=|\.\.\.|->|:=|==|!=|<=|>=|\*\*|//|<<|>>|[-+*/%&|^@]=|.)
 """, re.X | re.I)
@@ -104,8 +104,13 @@ def change(source, name, old, new):
     first, last = lines[0][0], lines[-1][1]
     indent = re.match(r"[ \t]*", source[first:])[0]
     new = ("\n" + indent).join(new.split("\n"))
-    before, after = (re.sub(r"[ \t]*# *\([^\n]*", "", part) for part in (source[first:start], source[end:last]))
+    before, after = map(without_shapes, (source[first:start], source[end:last]))
     return source[:first] + before + new + after + source[last:]
+
+
+def without_shapes(text):
+    """Without the comments that tell a shape."""
+    return "".join(m[0] for m in TOKEN.finditer(text) if m.lastgroup != "comment" or not re.match(r"# *\(", m[0]))
 
 
 def words(node):
@@ -118,13 +123,19 @@ def words(node):
     return found
 
 
-def parts(source):
-    """Name of each top-level definition -> its syntax without docstrings; "" -> everything else, imports left out."""
-    tree, found = ast.parse(source), {"": []}
+def undocumented(source):
+    """The syntax of a file without docstrings."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    for node in tree.body:
+    return tree
+
+
+def parts(source):
+    """Name of each top-level definition -> its syntax without docstrings; "" -> everything else, imports left out."""
+    found = {"": []}
+    for node in undocumented(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.setdefault(node.name, []).append(node)
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):

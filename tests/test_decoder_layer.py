@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import gap, with_parameters
+from peers import HALVES, gap, with_parameters
 from torch import nn
 from torch.testing import assert_close
 
@@ -28,16 +28,10 @@ from attn_nb.testing import (
     assert_rows_sum_to_one,
 )
 
-HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [torch.float64, torch.float32, *HALVES]
 REAL = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])     # left padding
 PADS = padding_mask(REAL)
 SIZES = {"d_model": 15, "num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "d_ff": 22, "norm_eps": 1e-5}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def settings_of(**changes):

@@ -14,12 +14,6 @@ from attn_nb.testing import assert_causal, assert_eval_deterministic, assert_par
 
 REAL = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 MASKS = {"none": None, "padding": padding_mask(REAL), "favours": torch.randn(5, 5, generator=torch.Generator().manual_seed(0))}
-HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def layer_and_x(p=0.5, bias=True, length=8):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import with_parameters
+from peers import HALVES, with_parameters
 from torch import nn
 from torch.testing import assert_close
 
@@ -34,17 +34,11 @@ from attn_nb.testing import (
     assert_rows_sum_to_one,
 )
 
-HALVES = [torch.bfloat16, torch.float16]
 BOTH = pytest.mark.parametrize("norm_first", [False, True])
 SRC_REAL = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]])
 TGT_REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
 SRC_PADS, TGT_PADS = padding_mask(SRC_REAL), padding_mask(TGT_REAL)
 BOS, EOS, PAD = 1, 2, 0
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def lively(module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import Recorder, gap, with_parameters
+from peers import HALVES, Recorder, gap, with_parameters
 from torch import nn
 from torch.testing import assert_close
 
@@ -26,17 +26,11 @@ from attn_nb.testing import (
 )
 
 SDPA = F.scaled_dot_product_attention
-HALVES = [torch.bfloat16, torch.float16]
 PAIRS = [(6, 6), (6, 3), (6, 2), (6, 1)]         # query heads, KV heads
 REAL = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 PADS = padding_mask(REAL)
 MASKS = {"none": None, "padding": PADS, "favours": torch.randn(5, 5, generator=torch.Generator().manual_seed(0)),
          "per head": torch.rand(6, 5, 5, generator=torch.Generator().manual_seed(0)) > 0.4}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def qkv(B=2, H=6, Hkv=2, Tq=4, Tk=5, Dh=8, Dv=None, dtype=torch.float64):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import Recorder, lively
+from peers import HALVES, Recorder, lively
 from torch.testing import assert_close
 
 from attn_nb.causal import causal_mask, padding_mask
@@ -17,15 +17,9 @@ from attn_nb.kv_cache import KVCache
 from attn_nb.testing import assert_parity, assert_rows_sum_to_one
 
 SDPA = F.scaled_dot_product_attention
-HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [*HALVES, torch.float32, torch.float64]
 EIGHTS = [torch.float8_e4m3fn, torch.float8_e5m2]
 examples = settings(max_examples=150, deadline=None, derandomize=True)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def bits(x):

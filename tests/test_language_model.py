@@ -18,7 +18,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import Recorder
+from peers import HALVES, Recorder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,7 +32,6 @@ from attn_nb.positions import convert_rotary_layout
 from attn_nb.testing import assert_cache_equals_full, assert_causal, assert_rows_sum_to_one
 
 transformers.logging.set_verbosity_error()
-HALVES = [torch.bfloat16, torch.float16]
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
 SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
          "intermediate_size": 28, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": None, "rms_norm_eps": 1e-5,
@@ -89,11 +88,6 @@ CASES = {
     "smollm3, all biases": ("smollm3", {"attention_bias": True, "mlp_bias": True}),
 }
 FEW = ["llama", "mistral, a window", "qwen2, windows by layer", "qwen3", "smollm3, windows where there is no rope"]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def lively(model):

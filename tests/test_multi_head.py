@@ -36,11 +36,6 @@ examples = settings(max_examples=100, deadline=None, derandomize=True)
 sizes = st.integers(1, 4)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def make(d_in=6, d_out=D, context_length=8, p=0.0, heads=H, bias=True, **options):
     return lively(MultiHeadAttention(d_in, d_out, context_length, p, heads, bias, **options)).double()
 

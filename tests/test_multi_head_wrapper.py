@@ -21,11 +21,6 @@ SHAPES = [(), (5,), (1, 5), (5, 1), (5, 5), (1, 5, 5), (2, 5, 5), (2, 1, 5), (2,
           (3, 1, 5, 5), (3, 2, 1, 1), (3, 2, 5, 5)]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def layer_and_x(p=0.0, bias=True, length=8, dtype=torch.float64):
     layer = lively(MultiHeadAttentionWrapper(6, 4, length, p, HEADS, qkv_bias=bias)).to(dtype)
     return layer, torch.randn(3, 5, 6, dtype=dtype)

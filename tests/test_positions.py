@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import HALVES
 from torch import nn
 from torch.testing import assert_close
 
@@ -14,7 +15,6 @@ from attn_nb.grouped_query import GroupedQueryAttention
 from attn_nb.positions import apply_rotary, convert_rotary_layout, rope_cos_sin, sinusoidal_positions
 from attn_nb.testing import assert_as_precise, assert_causal, assert_parity
 
-HALVES = [torch.bfloat16, torch.float16]
 OLD = "original_max_position_embeddings"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, OLD: 8192}
 YARN = {"rope_type": "yarn", "factor": 4.0, OLD: 4096}
@@ -34,11 +34,6 @@ RULES = {
     "yarn, truncate": {**YARN, "truncate": False}, "yarn, short": {**YARN, OLD: 40}, "yarn, tiny": {**YARN, OLD: 2},
     "yarn, None": {**YARN, "beta_fast": None, "attention_factor": None, "truncate": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def fresh(value):

@@ -6,20 +6,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import multihead_of
+from peers import HALVES, multihead_of
 from torch.testing import assert_close
 
 from attn_nb.single_head import SelfAttention, attention
 from attn_nb.testing import assert_as_precise, assert_parity, assert_permutation_equivariant, assert_rows_sum_to_one
 
 SDPA = F.scaled_dot_product_attention
-HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float64, torch.float32, *HALVES]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def qkv(*batch, q_len=4, kv_len=6, width=8, v_width=3, dtype=torch.float64):

@@ -25,12 +25,6 @@ from attn_nb.testing import (
     tolerance,
 )
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # --- catches
 
 def test_catches_prints_the_first_line(capsys):
