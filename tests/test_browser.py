@@ -696,7 +696,7 @@ def test_theatres_on_one_page_move_alone(visit):
     assert tab.evaluate(names) == before
 
 
-CARDS = """() => [...document.querySelectorAll(
+LIGHT_CARDS = """() => [...document.querySelectorAll(
     'article :is(div.cell_output img, .attn-slider, .attn-mask, .attn-kv, .attn-cache, .attn-dial, .attn-stage)')].filter(e => {
   const c = getComputedStyle(e), n = c.backgroundColor.match(/[\\d.]+/g).map(Number);
   return c.filter !== 'none' || ((n.length < 4 || n[3] > 0) && n[0] + n[1] + n[2] > 300);
@@ -707,7 +707,7 @@ CARDS = """() => [...document.querySelectorAll(
 def test_a_dark_page_is_legible_and_has_no_light_card(visit, page):
     tab = visit(page, dark=True)
     assert tab.evaluate("document.documentElement.dataset.theme") == "dark"
-    assert tab.evaluate(CONTRAST) == [] and tab.evaluate(CARDS) == 0
+    assert tab.evaluate(CONTRAST) == [] and tab.evaluate(LIGHT_CARDS) == 0
 
 
 def test_search_finds_a_word(visit):
